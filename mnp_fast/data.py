@@ -1,0 +1,367 @@
+"""The defence set: a loader read once into memory, checked, split and batched; and the check of a model against it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mnp_fast.errors import ConfigError, DataError, MnpFastError, ModelError
+
+# Below this the held-back part has a handful of pictures, and an accuracy measured on it says nothing.
+MIN_PICTURES = 20
+_PAIRS_OF_KEYS = (("pixel_values", "labels"), ("images", "labels"), ("image", "label"), ("pixel_values", "label"))
+
+
+@dataclass(frozen=True, eq=False)
+class DefenceSet:
+    """Clean pictures and their labels, on the CPU.
+
+    images: (n, ...) floating, finite. labels: (n,) int64, at least 0.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+    def subset(self, index: Tensor | Sequence[int]) -> DefenceSet:
+        """The pictures at `index` (integers or a mask of n booleans), in that order, copied."""
+        where = torch.as_tensor(index)
+        if where.dtype != torch.bool:
+            where = where.long()
+        return DefenceSet(self.images[where], self.labels[where])
+
+    def split(self, held_back: float, generator: torch.Generator) -> tuple[DefenceSet, DefenceSet]:
+        """Split into (learning, held back), stratified by label; the same seed gives the same split.
+
+        Every class keeps at least one learning picture, and at least one picture is held back. Where classes have so
+        few pictures that this would hold back less than half of what was asked (one picture a class, say), the
+        held-back pictures are drawn without regard to class instead.
+        held_back: share in (0, 1), else ConfigError. DataError where there are fewer than two pictures.
+        """
+        if not 0.0 < held_back < 1.0:
+            raise ConfigError(f"the held-back share is {held_back}; it must lie between 0 and 1, both excluded")
+        n = len(self)
+        if n < 2:
+            raise DataError(f"a set of {n} picture(s) cannot be split into a learning and a held-back part; give more")
+        wanted = min(max(1, round(held_back * n)), n - 1)
+        shuffled = torch.randperm(n, generator=generator)
+        counts = torch.bincount(self.labels)
+        spare = (counts - 1).clamp_min(0)
+        if 2 * int(spare.sum()) < wanted:
+            held = shuffled[:wanted]
+        else:
+            quota = _quota(counts, spare, wanted)
+            labels = self.labels[shuffled]
+            held = torch.cat([shuffled[labels == c][: int(quota[c])] for c in quota.nonzero().flatten().tolist()])
+        is_held = torch.zeros(n, dtype=torch.bool)
+        is_held[held] = True
+        return self.subset(~is_held), self.subset(is_held)
+
+    def batches(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images, labels) of `batch_size` pictures, on `device`; shuffled where a (CPU) generator is given.
+
+        Shuffled batches always have two pictures or more, since batch statistics need them: a last picture left alone
+        joins the batch before it. Unshuffled batches keep the order, and the last may be smaller.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
+        n = len(self)
+        if generator is None:
+            for start in range(0, n, batch_size):
+                part = slice(start, start + batch_size)
+                yield self.images[part].to(device), self.labels[part].to(device)
+            return
+        order = torch.randperm(n, generator=generator)
+        starts = list(range(0, n, max(2, batch_size)))
+        if len(starts) > 1 and n - starts[-1] == 1:
+            starts.pop()
+        for start, stop in zip(starts, [*starts[1:], n], strict=True):
+            index = order[start:stop]
+            yield self.images[index].to(device), self.labels[index].to(device)
+
+
+def collect(
+    loader: Any, *, seed: int = 0, what: str = "loader", min_pictures: int = MIN_PICTURES, min_classes: int = 2
+) -> DefenceSet:
+    """Read `loader` once into a DefenceSet, and check it.
+
+    loader: re-iterable of batches, each a pair (images, labels) or a mapping with pixel_values|images|image and
+    labels|label. images: (b, ...) floating; half precision becomes float32, the rest is kept. labels: (b,) integer.
+    The global random states are seeded with `seed` for the reading and put back afterwards, and so is the loader's own
+    generator: a shuffling loader gives the same order for the same seed.
+    what: the loader's name in messages. DataError, naming cause and remedy, for anything that cannot be used.
+    """
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    limit, used = _memory_limit(), 0
+    with _seeded(seed, loader):
+        for number, batch in enumerate(_iterate(loader, what)):
+            where = f"batch {number} of the {what}"
+            x, y = _pair(batch, where)
+            x, y = _checked_images(x, where), _checked_labels(y, where)
+            if len(x) != len(y):
+                raise DataError(f"{where} has {len(x)} images but {len(y)} labels; each image needs exactly one label")
+            if images and x.shape[1:] != images[0].shape[1:]:
+                raise DataError(
+                    f"{where} has images of shape {tuple(x.shape[1:])}, the batches before it "
+                    f"{tuple(images[0].shape[1:])}; resize or crop all images to one shape"
+                )
+            if len(x) == 0:
+                continue
+            used += x.nbytes
+            if used > limit:
+                raise DataError(
+                    f"the {what} gives more than {limit / 2**30:.1f} GiB of images, half of this machine's memory, or "
+                    "never ends; a few hundred to a few thousand pictures are enough (torch.utils.data.Subset)"
+                )
+            # Cloned: some loaders hand out the same buffer for every batch.
+            images.append(x.clone())
+            labels.append(y.clone())
+    if not images:
+        raise DataError(f"the {what} is empty: it gave no picture; give it clean pictures, a few hundred or more")
+    data = DefenceSet(torch.cat(images), torch.cat(labels))
+    if len(data) < min_pictures:
+        raise DataError(
+            f"the {what} gave only {len(data)} pictures; at least {min_pictures} are needed, better a few hundred"
+        )
+    classes = data.labels.unique()
+    if len(classes) < min_classes:
+        raise DataError(
+            f"all pictures of the {what} have label {int(classes[0])}; at least {min_classes} classes are needed: "
+            "give pictures of every class, and check that the labels are read rightly"
+        )
+    return data
+
+
+def check_model(model: nn.Module, data: DefenceSet) -> int:
+    """Number of classes of `model`, after checking that it can be repaired with `data`. The model is not changed.
+
+    A copy runs a few pictures in evaluation mode, on the model's own device.
+    ModelError: weights or buffers with NaN or Inf, an output that is not logits (b, classes >= 2) or not finite.
+    DataError: the model cannot take the images, or a label is not one of its classes.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a {type(model).__name__}, not a torch.nn.Module; give the network itself")
+    _check_weights(model)
+    images = data.images[:8]
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    try:
+        trial = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be copied ({_brief(error)}); remove hooks or attributes that copy.deepcopy cannot take"
+        ) from error
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            output = trial(images.to(device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the model cannot take the loader's images, shape {tuple(images.shape[1:])} and {images.dtype} "
+            f"({_brief(error)}); give images as in training, and a model that runs on one device in their dtype"
+        ) from error
+    logits = logits_of(output)
+    _check_logits(logits, len(images))
+    classes = int(logits.shape[1])
+    highest = int(data.labels.max())
+    if highest >= classes:
+        raise DataError(
+            f"the labels go up to {highest}, but the model has {classes} classes (0 to {classes - 1}); "
+            "number the labels as in training, or give the right model"
+        )
+    return classes
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a model's output: the tensor itself, or what stands under `logits` in an object or mapping.
+
+    ModelError where there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    raise ModelError(
+        f"the model's output is a {type(output).__name__} without logits; "
+        "wrap the model in a module that returns the logits as one tensor (batch, classes)"
+    )
+
+
+def _quota(counts: Tensor, spare: Tensor, wanted: int) -> Tensor:
+    """How many pictures each class holds back: in proportion to `counts`, at most `spare`, about `wanted` in all."""
+    wanted = min(wanted, int(spare.sum()))
+    exact = counts.double() * (wanted / int(counts.sum()))
+    quota = torch.minimum(exact.floor().long(), spare)
+    while int(quota.sum()) < wanted:
+        shortfall = (exact - quota).masked_fill(quota >= spare, -torch.inf)
+        quota[int(shortfall.argmax())] += 1
+    return quota
+
+
+def _iterate(loader: Any, what: str) -> Iterator[Any]:
+    try:
+        iterator = iter(loader)
+    except TypeError as error:
+        raise DataError(
+            f"the {what} is a {type(loader).__name__} and cannot be iterated; "
+            "give a DataLoader or a list of (images, labels)"
+        ) from error
+    if iterator is loader:
+        raise DataError(
+            f"the {what} is a one-pass {type(loader).__name__}, whose pictures would be gone after one run; "
+            "give a DataLoader, or list(...) of it"
+        )
+    number = 0
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except MnpFastError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"the {what} failed on batch {number} ({_brief(error)}); "
+                "mend the data set, or resize its images to one shape"
+            ) from error
+        yield batch
+        number += 1
+
+
+def _pair(batch: Any, where: str) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping):
+        for first, second in _PAIRS_OF_KEYS:
+            if first in batch and second in batch:
+                return batch[first], batch[second]
+        keys = ", ".join(map(str, list(batch)[:6]))
+        raise DataError(f"{where} is a mapping with the keys {keys or '(none)'}; it needs 'pixel_values' and 'labels'")
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    found = f"a {type(batch).__name__}" + (f" of {len(batch)} items" if isinstance(batch, (tuple, list)) else "")
+    raise DataError(f"{where} is {found}, not a pair (images, labels); let the loader give exactly these two")
+
+
+def _checked_images(images: Any, where: str) -> Tensor:
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
+    if not isinstance(images, Tensor):
+        raise DataError(f"the images of {where} are a {type(images).__name__}; they must be one tensor (batch, ...)")
+    if images.ndim < 2:
+        raise DataError(f"the images of {where} have shape {tuple(images.shape)}; they must be a batch (batch, ...)")
+    if not images.is_floating_point():
+        raise DataError(
+            f"the images of {where} are {images.dtype}; scale and normalise them to floating point as in training"
+        )
+    images = images.detach().to("cpu")
+    if images.dtype in (torch.float16, torch.bfloat16):
+        images = images.float()
+    if not bool(images.isfinite().all()):
+        bad = int((~images.flatten(1).isfinite().all(dim=1)).nonzero()[0])
+        raise DataError(
+            f"image {bad} of {where} has NaN or Inf; remove it, or mend the normalisation (a standard deviation of 0?)"
+        )
+    return images
+
+
+def _checked_labels(labels: Any, where: str) -> Tensor:
+    try:
+        labels = torch.as_tensor(labels).detach().to("cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"the labels of {where} are a {type(labels).__name__}; they must be integers (batch,)"
+        ) from error
+    if labels.ndim != 1:
+        remedy = (
+            "wrap the data set in a DataLoader, which gives batches"
+            if labels.ndim == 0
+            else "give class indices (argmax of one-hot)"
+        )
+        raise DataError(f"the labels of {where} have shape {tuple(labels.shape)}, not (batch,); {remedy}")
+    if len(labels) and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
+        raise DataError(f"the labels of {where} are {labels.dtype}; give class indices as integers (labels.long())")
+    labels = labels.long()
+    if bool((labels < 0).any()):
+        raise DataError(
+            f"the labels of {where} go down to {int(labels.min())}; "
+            "number the classes from 0, and drop unlabelled pictures"
+        )
+    return labels
+
+
+def _check_weights(model: nn.Module) -> None:
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+                raise ModelError(f"the {kind} {name} has no values yet; load the model's weights first")
+            if tensor.is_floating_point() and not bool(tensor.detach().isfinite().all()):
+                raise ModelError(
+                    f"the {kind} {name} has NaN or Inf; the weights are damaged: load them anew from a sound file"
+                )
+
+
+def _check_logits(logits: Tensor, batch: int) -> None:
+    if logits.ndim != 2 or logits.shape[0] != batch or not logits.is_floating_point():
+        raise ModelError(
+            f"the model's output for {batch} images has shape {tuple(logits.shape)} ({logits.dtype}), "
+            "not (batch, classes) of logits; give an image classifier"
+        )
+    if logits.shape[1] < 2:
+        raise ModelError(
+            "the model has a single output; at least two classes are needed: give it one logit for each class"
+        )
+    if not bool(logits.isfinite().all()):
+        raise ModelError(
+            "the model's logits have NaN or Inf on clean images; check its weights and the images' normalisation"
+        )
+    if bool((logits >= 0).all()) and bool((logits.double().sum(dim=1) - 1).abs().max() < 1e-4):
+        raise ModelError("the model gives probabilities, not logits; remove its last softmax")
+
+
+def _memory_limit() -> float:
+    """Half of the machine's memory in bytes, or no limit where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    except (AttributeError, OSError, ValueError):
+        return float("inf")
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, loader: Any) -> Iterator[None]:
+    """Seed every random state that a loader draws from in this process, and put all of them back."""
+    own = {id(g): g for g in (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))}
+    generators = [g for g in own.values() if isinstance(g, torch.Generator)]
+    states = [g.get_state() for g in generators]
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed: that would seed the GPUs' generators too, which are not put back here.
+            for generator in (torch.default_generator, *generators):
+                generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,91 @@
+"""The C++ kernels for the CPU: float32 and bfloat16, in the widest instruction set that this processor has."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mnp_fast.errors import BackendError
+from mnp_fast.ops import native, registry
+from mnp_fast.ops.layout import Layout
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    if dtype not in _DTYPES:
+        return f"it has float32 and bfloat16 kernels, not {dtype}"
+    if native.info_module() is None:
+        return "the native module mnp_fast._native is not built for this Python"
+    return native.load("mnp_fast_cpu")
+
+
+def usable_isas() -> list[str]:
+    """Instruction sets that this build has and this processor runs, narrowest first."""
+    module = native.info_module()
+    return [] if module is None else list(module.usable_isas())
+
+
+def masked_affine(
+    x: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    layout: Layout,
+    act: str,
+) -> Tensor:
+    y: Tensor = torch.ops.mnp_fast_cpu.masked_affine.default(
+        x, mask, scale, center, shift, residual, *layout, act == "relu", _isa(registry.requested_cpu_isa())
+    )
+    return y
+
+
+def masked_affine_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mask: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    layout: Layout,
+    act: str,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.mnp_fast_cpu.masked_affine_backward.default(
+        grad,
+        x,
+        y,
+        mask,
+        scale,
+        center,
+        shift,
+        *layout,
+        act == "relu",
+        need_grad_x,
+        need_grad_residual,
+        _isa(registry.requested_cpu_isa()),
+    )
+    return result
+
+
+@cache
+def _isa(requested: str) -> int:
+    module = native.info_module()
+    assert module is not None, "why_not() looks for it first"
+    usable = module.usable_isas()
+    isa = usable[-1] if requested == "auto" else requested
+    if isa not in usable:
+        raise BackendError(
+            f"instruction set {isa!r} was forced (MNP_FAST_CPU_ISA or force_cpu_isa), but this processor runs "
+            f"{', '.join(usable)}: choose one of them, or auto"
+        )
+    code: int = module.isa_code(isa)
+    return code

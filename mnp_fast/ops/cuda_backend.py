@@ -1,0 +1,87 @@
+"""The CUDA kernels: float32, bfloat16 and float16 on NVIDIA GPUs of compute capability 8.0 and newer."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mnp_fast.ops import native
+from mnp_fast.ops.layout import Layout
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, not on {device.type}"
+    if dtype not in _DTYPES:
+        return f"it has float32, bfloat16 and float16 kernels, not {dtype}"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    reason = library_problem()
+    if reason is None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        reason = torch.ops.mnp_fast_cuda.device_problem(index) or None
+    return reason
+
+
+@cache
+def library_problem() -> str | None:
+    """Why the library cannot be loaded, None once it is; what the build says of it where it was left out."""
+    return native.load("mnp_fast_cuda", native.build_info().get("cuda_reason", ""))
+
+
+def masked_affine(
+    x: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    layout: Layout,
+    act: str,
+) -> Tensor:
+    y: Tensor = torch.ops.mnp_fast_cuda.masked_affine.default(
+        x, mask, scale, center, shift, residual, *layout, act == "relu", _stream(x)
+    )
+    return y
+
+
+def masked_affine_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mask: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    layout: Layout,
+    act: str,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.mnp_fast_cuda.masked_affine_backward.default(
+        grad,
+        x,
+        y,
+        mask,
+        scale,
+        center,
+        shift,
+        *layout,
+        act == "relu",
+        need_grad_x,
+        need_grad_residual,
+        _stream(x),
+    )
+    return result
+
+
+def _stream(x: Tensor) -> int:
+    # The stable interface has had the native stream since torch 2.13 only, so it is handed over from here.
+    stream: int = torch.cuda.current_stream(x.device).cuda_stream
+    return stream

@@ -1,0 +1,79 @@
+"""Plain torch: what every op means, and what runs where no kernel does. Any device, and float64 for gradient checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mnp_fast.ops.layout import Layout
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def masked_affine(
+    x: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    layout: Layout,
+    act: str,
+) -> Tensor:
+    y = _affine(x, mask, scale, center, shift, layout)
+    if residual is not None:
+        y = y + _memory(residual, layout)
+    if act == "relu":
+        y = y.relu()
+    out = torch.empty_like(x)
+    _memory(out, layout).copy_(y)
+    return out
+
+
+def masked_affine_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mask: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    layout: Layout,
+    act: str,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = _memory(grad, layout).to(mask.dtype)
+    if act == "relu":
+        sign = _affine(x, mask, scale, center, shift, layout) if y is None else _memory(y, layout)
+        g = g.masked_fill(sign <= 0, 0)
+    grad_x, grad_residual = x.new_empty(0), x.new_empty(0)
+    if need_grad_x:
+        grad_x = torch.empty_like(x)
+        _memory(grad_x, layout).copy_(g * _vector(mask * scale, layout))
+    if need_grad_residual:
+        grad_residual = torch.empty_like(x)
+        _memory(grad_residual, layout).copy_(g)
+    positions = 1 if layout.channels_last else 2
+    centered = _memory(x, layout).to(mask.dtype) - _vector(center, layout)
+    return grad_x, grad_residual, g.sum(positions), (g * centered).sum(positions)
+
+
+def _affine(x: Tensor, mask: Tensor, scale: Tensor, center: Tensor, shift: Tensor, layout: Layout) -> Tensor:
+    a = mask * scale
+    b = shift - a * center
+    # A product with a float32 vector widens bfloat16 and float16.
+    return _memory(x, layout) * _vector(a, layout) + _vector(b, layout)
+
+
+def _memory(tensor: Tensor, layout: Layout) -> Tensor:
+    """Dense tensor as (n, s, c) or (n, c, s), in the order of its memory."""
+    n, c, s, channels_last = layout
+    shape, strides = ((n, s, c), (s * c, c, 1)) if channels_last else ((n, c, s), (c * s, s, 1))
+    return tensor.as_strided(shape, strides)
+
+
+def _vector(v: Tensor, layout: Layout) -> Tensor:
+    return v if layout.channels_last else v.unsqueeze(1)

@@ -1,0 +1,218 @@
+"""Makes the environment that the Makefile's commands run in: a venv, its packages, and this package built into it.
+
+    python3 scripts/bootstrap.py [--venv .venv] [--torch REQUIREMENT] [--no-build]
+
+Needs Python 3.11 or newer with venv, a C++ compiler and a package index; nothing else. What is up to date is left
+alone: a second call does nothing. On Linux without an NVIDIA GPU torch's CPU build is installed, and its CUDA packages,
+several gigabytes, are never fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST = (3, 11)
+TORCH = "torch==2.13.0"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+APART = ("torch", "torchvision")
+BUILT_FROM = ("setup.py", "CMakeLists.txt", "pyproject.toml", "csrc", "mnp_fast/settings.py")
+
+
+def main() -> None:
+    """Bring the environment up to date, or stop with one message that says what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment is (default: .venv)")
+    parser.add_argument("--torch", default="", help=f"another torch, e.g. torch==2.11.0 (default: {TORCH})")
+    parser.add_argument("--no-build", action="store_true", help="install the packages only")
+    args = parser.parse_args()
+    if sys.version_info < OLDEST:
+        fail(
+            f"this is Python {platform.python_version()}; {OLDEST[0]}.{OLDEST[1]} or newer is needed",
+            "install one and name it: make PYTHON=python3.12 ...",
+        )
+    venv = args.venv.resolve()
+    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    make_venv(venv, python)
+    packages = requirements()
+    stamp = venv / "mnp_fast-packages.stamp"
+    wanted = digest([Path(__file__)], [*packages, args.torch, sys.version])
+    if stamped(stamp) != wanted:
+        install_packages(python, packages, args.torch)
+        stamp.write_text(wanted)
+    if args.no_build:
+        return
+    # Beside what is built, not in the venv: an editable build stands in this tree, for one environment at a time.
+    stamp = ROOT / "build" / "bootstrap.stamp"
+    wanted = digest(sources(), [wanted, str(python), *toolchain()])
+    if stamped(stamp) != wanted:
+        build(python)
+        stamp.parent.mkdir(exist_ok=True)
+        stamp.write_text(wanted)
+
+
+def make_venv(venv: Path, python: Path) -> None:
+    """Create the venv where there is none that works."""
+    if (
+        python.exists()
+        and subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
+    ):
+        return
+    try:
+        import ensurepip  # noqa: F401
+        import venv as _  # noqa: F401
+    except ImportError:
+        fail(
+            "this Python comes without venv or ensurepip, so that no environment can be made",
+            f"install them (Debian and Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv), "
+            "or name another Python: make PYTHON=...",
+        )
+    say(f"creating {venv}")
+    # --clear would empty whatever folder the caller named; only what is a venv already may be emptied.
+    clear = ["--clear"] if (venv / "pyvenv.cfg").exists() else []
+    if subprocess.run([sys.executable, "-m", "venv", *clear, venv], check=False).returncode != 0:
+        fail(f"the environment {venv} cannot be made", "see the message above; is the folder writable?")
+
+
+def install_packages(python: Path, packages: list[str], torch: str) -> None:
+    """Install torch as this machine needs it, then everything else."""
+    say("installing packages")
+    if torch or not without_gpu():
+        must(
+            pip(python, torch or TORCH), "torch cannot be installed", "see pip's message above; is an index reachable?"
+        )
+    else:
+        install_cpu_torch(python)
+    # torch is there already; with its own requirements torchvision might still bring another one.
+    must(
+        pip(python, torchvision_for(python), "--no-deps"), "torchvision cannot be installed", "see pip's message above"
+    )
+    must(pip(python, *packages), "the packages cannot be installed", "see pip's message above; is an index reachable?")
+
+
+def torchvision_for(python: Path) -> str:
+    """The torchvision that belongs to the installed torch: 0.(m + 15) is built for 2.m."""
+    ask = "import importlib.metadata as m; print(m.version('torch'))"
+    version = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
+    return f"torchvision==0.{int(version.split('.')[1]) + 15}.*"
+
+
+def install_cpu_torch(python: Path) -> None:
+    """torch's CPU build, from the places that pip is set up for or else from its own index."""
+    wanted = f"{TORCH}+cpu"
+    if pip(python, wanted, quiet=True):
+        return
+    # One short try: where the index cannot be reached, pip's own patience would be minutes.
+    if pip(python, wanted, "--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "15"):
+        return
+    fail(
+        f"{wanted} is neither in pip's own places nor at {CPU_INDEX}",
+        "reach that index, or put the wheel into a folder and set PIP_FIND_LINKS to it; or, where several gigabytes of "
+        f"CUDA packages do not matter, say: make TORCH={TORCH} ...",
+    )
+
+
+def build(python: Path) -> None:
+    """Build the package and install it, editable, into the environment."""
+    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
+    if not any(shutil.which(name) for name in compilers):
+        fail(
+            f"no C++ compiler was found ({', '.join(compilers)})",
+            "install one (Debian and Ubuntu: apt install g++; macOS: xcode-select --install), or set CXX",
+        )
+    say("building mnp_fast")
+    done = pip(python, "--no-build-isolation", "--no-deps", "-e", str(ROOT))
+    must(done, "mnp_fast cannot be built", "see the compiler's message above")
+
+
+def without_gpu() -> bool:
+    """True on Linux without an NVIDIA GPU: the one place where pip's plain torch brings CUDA packages for nothing."""
+    return sys.platform == "linux" and not shutil.which("nvidia-smi") and not glob.glob("/dev/nvidia[0-9]*")
+
+
+def requirements() -> list[str]:
+    """All that pyproject.toml names for building, running, testing and linting, but for what is installed apart."""
+    # Not at the top: a Python too old for it is to be told so.
+    import tomllib
+
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        content: dict[str, Any] = tomllib.load(file)
+    extras = content["project"]["optional-dependencies"]
+    named = [
+        *content["build-system"]["requires"],
+        *content["project"]["dependencies"],
+        *extras["test"],
+        *extras["lint"],
+    ]
+    return sorted({item for item in named if name_of(item) not in APART})
+
+
+def name_of(requirement: str) -> str:
+    """The package's name in a requirement such as "torch>=2.10"."""
+    end = next((i for i, letter in enumerate(requirement) if not (letter.isalnum() or letter in "-_.")), None)
+    return requirement[:end]
+
+
+def sources() -> list[Path]:
+    """The files that the built package depends on."""
+    places = [ROOT / name for name in BUILT_FROM]
+    return sorted(f for place in places for f in ([place] if place.is_file() else place.rglob("*")) if f.is_file())
+
+
+def toolchain() -> list[str]:
+    """What decides how the package is built, beside its sources."""
+    variables = sorted(name for name in os.environ if name.startswith(("MNP_FAST_CUDA", "CXX", "CMAKE_", "CUDA")))
+    return [*(f"{name}={os.environ[name]}" for name in variables), str(shutil.which("nvcc"))]
+
+
+def digest(files: Iterable[Path], words: Iterable[str]) -> str:
+    """One value that changes where any file or word does."""
+    value = hashlib.sha256("\0".join(words).encode())
+    for file in files:
+        value.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+    return value.hexdigest()
+
+
+def stamped(stamp: Path) -> str:
+    """What `stamp` says, or nothing."""
+    return stamp.read_text() if stamp.exists() else ""
+
+
+def pip(python: Path, *words: str, quiet: bool = False) -> bool:
+    """Run pip install with `words` in the environment; whether it succeeded. quiet: say nothing of a failure."""
+    # cmake and ninja come as packages: the build finds them by the path.
+    path = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_USER": "0"}
+    call = [str(python), "-m", "pip", "install", "--quiet", *words]
+    errors = subprocess.DEVNULL if quiet else None
+    return subprocess.run(call, env=environment, cwd=ROOT, stderr=errors, check=False).returncode == 0
+
+
+def must(done: bool, problem: str, remedy: str) -> None:
+    """Stop with a message where something was not done."""
+    if not done:
+        fail(problem, remedy)
+
+
+def say(text: str) -> None:
+    """Tell what is being done."""
+    print(f"bootstrap: {text}", flush=True)
+
+
+def fail(problem: str, remedy: str) -> NoReturn:
+    """Stop with a message."""
+    sys.exit(f"bootstrap: {problem}; {remedy}")
+
+
+if __name__ == "__main__":
+    main()
