@@ -109,7 +109,7 @@ def _timm() -> Any:
 
 
 def import_torchvision(name: str = "torchvision") -> ModuleType:
-    """torchvision or a module of it, also where its wheel was built for another torch. ImportError where it is missing."""
+    """torchvision or a module of it, also where its wheel was built for another torch; ImportError without it."""
     try:
         return importlib.import_module(name)
     except RuntimeError as error:

@@ -27,7 +27,9 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
-def coefficients(mask: Any, scale: Any, center: Any, shift: Any, c: Any, inside: Any) -> Any:
+def coefficients(
+    mask: tl.tensor, scale: tl.tensor, center: tl.tensor, shift: tl.tensor, c: tl.tensor, inside: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     mean = tl.load(center + c, mask=inside, other=0.0)
     a = tl.load(mask + c, mask=inside, other=0.0) * tl.load(scale + c, mask=inside, other=0.0)
     return a, tl.load(shift + c, mask=inside, other=0.0) - a * mean, mean
@@ -35,16 +37,16 @@ def coefficients(mask: Any, scale: Any, center: Any, shift: Any, c: Any, inside:
 
 @triton.jit
 def forward_kernel(
-    x: Any,
-    residual: Any,
-    y: Any,
-    mask: Any,
-    scale: Any,
-    center: Any,
-    shift: Any,
-    rows: Any,
-    cols: Any,
-    channels: Any,
+    x: tl.tensor,
+    residual: tl.tensor,
+    y: tl.tensor,
+    mask: tl.tensor,
+    scale: tl.tensor,
+    center: tl.tensor,
+    shift: tl.tensor,
+    rows: tl.tensor,
+    cols: tl.tensor,
+    channels: tl.tensor,
     CHANNELS_LAST: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -74,21 +76,21 @@ def forward_kernel(
 
 @triton.jit
 def backward_tile(
-    grad: Any,
-    x: Any,
-    y: Any,
-    grad_x: Any,
-    grad_residual: Any,
-    offset: Any,
-    inside: Any,
-    a: Any,
-    b: Any,
-    mean: Any,
+    grad: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    grad_x: tl.tensor,
+    grad_residual: tl.tensor,
+    offset: tl.tensor,
+    inside: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    mean: tl.tensor,
     RELU: tl.constexpr,
     HAS_Y: tl.constexpr,
     NEED_X: tl.constexpr,
     NEED_RESIDUAL: tl.constexpr,
-) -> Any:
+) -> tuple[tl.tensor, tl.tensor]:
     """Stores the gradients of one tile; returns what it adds to the two sums, zero outside."""
     g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
@@ -107,20 +109,20 @@ def backward_tile(
 
 @triton.jit
 def backward_planes_kernel(
-    grad: Any,
-    x: Any,
-    y: Any,
-    grad_x: Any,
-    grad_residual: Any,
-    mask: Any,
-    scale: Any,
-    center: Any,
-    shift: Any,
-    sum_g: Any,
-    sum_gx: Any,
-    rows: Any,
-    cols: Any,
-    channels: Any,
+    grad: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    grad_x: tl.tensor,
+    grad_residual: tl.tensor,
+    mask: tl.tensor,
+    scale: tl.tensor,
+    center: tl.tensor,
+    shift: tl.tensor,
+    sum_g: tl.tensor,
+    sum_gx: tl.tensor,
+    rows: tl.tensor,
+    cols: tl.tensor,
+    channels: tl.tensor,
     RELU: tl.constexpr,
     HAS_Y: tl.constexpr,
     NEED_X: tl.constexpr,
@@ -149,20 +151,20 @@ def backward_planes_kernel(
 
 @triton.jit
 def backward_columns_kernel(
-    grad: Any,
-    x: Any,
-    y: Any,
-    grad_x: Any,
-    grad_residual: Any,
-    mask: Any,
-    scale: Any,
-    center: Any,
-    shift: Any,
-    sum_g: Any,
-    sum_gx: Any,
-    positions: Any,
-    chunks: Any,
-    channels: Any,
+    grad: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    grad_x: tl.tensor,
+    grad_residual: tl.tensor,
+    mask: tl.tensor,
+    scale: tl.tensor,
+    center: tl.tensor,
+    shift: tl.tensor,
+    sum_g: tl.tensor,
+    sum_gx: tl.tensor,
+    positions: tl.tensor,
+    chunks: tl.tensor,
+    channels: tl.tensor,
     RELU: tl.constexpr,
     HAS_Y: tl.constexpr,
     NEED_X: tl.constexpr,

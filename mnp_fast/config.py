@@ -1,0 +1,89 @@
+"""The settings of a run: one set of defaults for all models, each with its source."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from mnp_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Settings of `mnp_fast.prune` and `mnp_fast.scan`.
+
+    "Paper" is MNP (arXiv 2405.17750), whose constants are not public; "measured" means docs/decisions.md says how.
+    """
+
+    batch_size: int = 128
+    """Pictures a step in every optimised stage. ANP and RNP use 128."""
+    held_back: float = 0.2
+    """Share of the defence set, in (0, 1), that nothing is learned from; it limits the pruning and gives the metrics."""
+
+    suppression_stop: float = 0.25
+    """Clean suppression ends when accuracy has fallen to this share of what it was at first, in (0, 1). Measured."""
+    suppression_rate: float = 4e-3
+    """Length of the first suppression steps, L2 in weight space, at momentum 0. It adapts from there. Measured."""
+    weight_decay: float = 5e-4
+    """mu of the paper's clean suppression, max E L - mu ||theta||^2; also used in fine-tuning."""
+    suppression_epochs: int = 80
+    """At most so many passes over the learning pictures in clean suppression."""
+
+    alpha: float = 0.7
+    """Weight of the loss of the suppressed model against that of the model itself, in [0, 1]. Measured: .5 to .9."""
+    penalty: float = 2e-3
+    """lambda of the paper's weight penalty on mask times magnitude; 0 for none. Measured."""
+    mask_rate: float = 0.05
+    """Learning rate of the masks (projected SGD with momentum). Measured."""
+    mask_steps: int = 80
+    """Steps of the masks. Measured: 80, which is 20 passes over 500 pictures."""
+
+    exposure_stop: float = 1.0
+    """Pruning goes on until the suppressed model's clean loss is this many times that of chance, ln(classes). Measured."""
+    accuracy_budget: float = 0.2
+    """Pruning stops where held-back accuracy has fallen by more than this before fine-tuning, in [0, 1]. Measured."""
+
+    finetune_epochs: int = 10
+    """Passes of fine-tuning over the learning pictures, pruned neurons held at zero; 0 for none. Measured."""
+    finetune_rate: float = 5e-3
+    """First learning rate of fine-tuning, annealed to 0 by a cosine; gradients are clipped to norm 1. Measured."""
+
+    evidence_share: float = 0.5
+    """The suppressed model puts this share of clean pictures into one class: "evidence of a backdoor". Measured."""
+    suspicion_share: float = 0.42
+    """The same for "suspicious". Measured."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = field.type == "int"
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                raise ConfigError(
+                    f"{field.name} is {value!r}, a {type(value).__name__}; give {'a whole number' if whole else 'a number'}"
+                )
+            low, high = _RANGES.get(field.name, (0, math.inf))
+            if not (low <= value <= high and math.isfinite(value)):
+                raise ConfigError(f"{field.name} is {value}; it must lie between {low:g} and {high:g}")
+        if self.suspicion_share > self.evidence_share:
+            raise ConfigError(
+                f"suspicion_share ({self.suspicion_share}) is above evidence_share ({self.evidence_share}); "
+                "suspicion must come before evidence"
+            )
+
+
+_TINY = 1e-9
+_RANGES: dict[str, tuple[float, float]] = {
+    "batch_size": (2, math.inf),
+    "held_back": (0.01, 0.9),
+    "suppression_stop": (0.01, 0.99),
+    "suppression_rate": (_TINY, 1.0),
+    "suppression_epochs": (1, math.inf),
+    "alpha": (0, 1),
+    "mask_rate": (_TINY, math.inf),
+    "mask_steps": (1, math.inf),
+    "exposure_stop": (0.1, 100),
+    "accuracy_budget": (0, 1),
+    "finetune_rate": (_TINY, 1.0),
+    "evidence_share": (0, 1),
+    "suspicion_share": (0, 1),
+}

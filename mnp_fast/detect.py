@@ -1,0 +1,58 @@
+"""Verdict and evidence, from clean pictures alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnp_fast.config import PruneConfig
+
+EVIDENCE = "evidence of a backdoor"
+SUSPICIOUS = "suspicious"
+NONE_FOUND = "no evidence found"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the suppressed model says of clean pictures.
+
+    collapse_class: the class it predicts most often; collapse_share: the share of all clean pictures that it puts
+    there; second_share: the share of the class after it; suppressed_loss: its mean cross-entropy in nats.
+    """
+
+    collapse_class: int
+    collapse_share: float
+    second_share: float
+    suppressed_loss: float
+
+    def report(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def weigh(suppressed_logits: Tensor, labels: Tensor) -> Evidence:
+    """Evidence from the suppressed model's logits (n, classes) for clean pictures with ``labels`` (n,).
+
+    Clean suppression takes the clean function away; where a backdoor stays behind, it pulls clean pictures into its
+    target class. Measured on backdoored and clean networks: DESIGN of docs/method.md, "Verdict".
+    """
+    shares = torch.bincount(suppressed_logits.argmax(1), minlength=suppressed_logits.shape[1]) / len(labels)
+    top = shares.topk(2)
+    return Evidence(
+        collapse_class=int(top.indices[0]),
+        collapse_share=float(top.values[0]),
+        second_share=float(top.values[1]),
+        suppressed_loss=float(F.cross_entropy(suppressed_logits, labels)),
+    )
+
+
+def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
+    """(verdict, suspected target class or None). Never "clean": at best no evidence was found."""
+    if evidence.collapse_share >= config.evidence_share:
+        return EVIDENCE, evidence.collapse_class
+    if evidence.collapse_share >= config.suspicion_share:
+        return SUSPICIOUS, evidence.collapse_class
+    return NONE_FOUND, None

@@ -1,0 +1,30 @@
+"""The three objectives of MNP (arXiv 2405.17750) as pure functions; how they are reconstructed: docs/method.md."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def expose(logits: Tensor, labels: Tensor) -> Tensor:
+    """Clean suppression, to be minimised over the weights: -E L(F(x; theta), y). Weight decay is the optimiser's.
+
+    logits: (b, classes) floating; labels: (b,) int64. Returns a scalar.
+    """
+    return -F.cross_entropy(logits.float(), labels)
+
+
+def eliminate_and_preserve(suppressed_logits: Tensor, logits: Tensor, labels: Tensor, alpha: float) -> Tensor:
+    """Loss of the masks: alpha L(F_m(x; theta_hat), y) + (1 - alpha) L(F_m(x; theta), y).
+
+    The first term eliminates (the suppressed model theta_hat gets better where a neuron of the backdoor goes), the
+    second preserves. The weight penalty lambda sum_i m_i M_i is linear in the masks: `penalty_gradient`.
+    suppressed_logits, logits: (b, classes) floating, both under the same masks; labels: (b,) int64. Returns a scalar.
+    """
+    suppressed = F.cross_entropy(suppressed_logits.float(), labels)
+    return alpha * suppressed + (1 - alpha) * F.cross_entropy(logits.float(), labels)
+
+
+def penalty_gradient(magnitude: Tensor, penalty: float) -> Tensor:
+    """Gradient of lambda sum_i m_i M_i with respect to the masks. magnitude: (neurons,) float32."""
+    return penalty * magnitude

@@ -1,0 +1,212 @@
+"""The loops: clean suppression of the weights, learning of the masks, fine-tuning of the pruned model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnp_fast.config import PruneConfig
+from mnp_fast.data import DefenceSet, logits_of
+from mnp_fast.errors import ModelError
+from mnp_fast.masked import masked, prune_
+from mnp_fast.objectives import eliminate_and_preserve, expose, penalty_gradient
+from mnp_fast.progress import Progress
+from mnp_fast.sites import Site
+
+_MOMENTUM = 0.9
+_CLIP = 1.0
+_WINDOW = 512
+"""Pictures over which suppression judges its own pace, so that it does not depend on the size of the defence set."""
+
+
+@dataclass
+class Trace:
+    """What a stage went through: one value a window (suppression) or a pass (the others)."""
+
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    rate: list[float] = field(default_factory=list)
+
+
+def suppress_(
+    model: nn.Module, data: DefenceSet, config: PruneConfig, generator: torch.Generator, progress: Progress
+) -> Trace:
+    """Clean suppression, in place: ascend on the clean loss until accuracy falls to a share of what it was.
+
+    Batch statistics in every BatchNorm, dropout off: with running statistics the backdoor went with the clean function.
+    Steps have a fixed length (the gradient is normalised), since gradients grow a thousandfold on the way. The length
+    adapts: longer while accuracy hardly moves, shorter where it falls at once, and a window in which it collapsed is
+    taken back, since a rate that is too high destroys the backdoor too (docs/decisions.md).
+
+    model: on the device of the data, its parameters trainable. Raises ModelError if accuracy does not fall.
+    """
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    momenta = [torch.zeros_like(p) for p in parameters]
+    trace, rate, first = Trace(), config.suppression_rate, 0.0
+    windows = config.suppression_epochs * math.ceil(len(data) / _WINDOW)
+    progress.stage("suppress", None)
+    passes = _windows(data, config.batch_size, generator)
+    with masked(model, (), None, batch_statistics=True):
+        for number in range(windows):
+            before = [p.detach().clone() for p in (*parameters, *momenta)]
+            loss, accuracy = _ascend(model, next(passes), parameters, momenta, rate, config.weight_decay)
+            first = first or max(accuracy, 1.0 / 512)
+            fall = (trace.accuracy[-1] if trace.accuracy else accuracy) - accuracy
+            # A non-finite loss and a fall of half in one window both mean steps that are too long.
+            if not math.isfinite(loss) or (fall > first / 2 and rate > config.suppression_rate / 16):
+                for p, old in zip((*parameters, *momenta), before, strict=True):
+                    p.detach().copy_(old)
+                rate /= 4
+                continue
+            trace.loss.append(loss)
+            trace.accuracy.append(accuracy)
+            trace.rate.append(rate)
+            progress.update(1, loss=loss, accuracy=accuracy)
+            if accuracy <= config.suppression_stop * first:
+                return trace
+            if fall < 0.02 * first and number:
+                rate = min(rate * 1.15, 8 * config.suppression_rate)
+            elif fall > 0.12 * first:
+                rate /= 1.5
+    raise ModelError(
+        f"clean suppression did not bring the accuracy below {config.suppression_stop:.0%} of what it was in "
+        f"{config.suppression_epochs} passes (it ended at {accuracy:.2f}); raise suppression_rate or suppression_epochs"
+    )
+
+
+def learn_masks(
+    model: nn.Module,
+    suppressed: nn.Module,
+    sites: Sequence[Site],
+    magnitude: Tensor,
+    data: DefenceSet,
+    config: PruneConfig,
+    generator: torch.Generator,
+    progress: Progress,
+) -> tuple[Tensor, Trace]:
+    """Masks that raise the suppressed model's clean accuracy while the model keeps its own; projected SGD on [0, 1].
+
+    magnitude: (neurons,) float32. Returns the masks, (neurons,) float32, all starting from one, and the trace.
+    """
+    mask = torch.ones_like(magnitude, requires_grad=True)
+    momentum = torch.zeros_like(magnitude)
+    pull = penalty_gradient(magnitude, config.penalty)
+    trace = Trace()
+    progress.stage("masks", config.mask_steps)
+    steps = _endless(lambda: data.batches(config.batch_size, generator, magnitude.device))
+    with masked(suppressed, sites, mask, batch_statistics=True), masked(model, sites, mask):
+        for _ in range(config.mask_steps):
+            images, labels = next(steps)
+            logits = logits_of(model(images))
+            loss = eliminate_and_preserve(logits_of(suppressed(images)), logits, labels, config.alpha)
+            (gradient,) = torch.autograd.grad(loss, mask)
+            with torch.no_grad():
+                momentum.mul_(_MOMENTUM).add_(gradient).add_(pull)
+                mask.sub_(config.mask_rate * momentum).clamp_(0.0, 1.0)
+            trace.loss.append(float(loss.detach()))
+            trace.accuracy.append(_accuracy(logits, labels))
+            progress.update(1, loss=trace.loss[-1], accuracy=trace.accuracy[-1])
+    return mask.detach(), trace
+
+
+def finetune_(
+    model: nn.Module,
+    sites: Sequence[Site],
+    keep: Tensor,
+    data: DefenceSet,
+    config: PruneConfig,
+    generator: torch.Generator,
+    progress: Progress,
+) -> Trace:
+    """Fine-tune a pruned model in place on clean pictures, BatchNorm statistics frozen, pruned neurons held at zero.
+
+    SGD with momentum, cosine annealing and clipped gradients: without clipping accuracy swung by 15 points between
+    neighbouring prune sets (docs/decisions.md). keep: (neurons,) bool.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(
+        parameters, lr=config.finetune_rate, momentum=_MOMENTUM, weight_decay=config.weight_decay
+    )
+    total = config.finetune_epochs * math.ceil(len(data) / _finetune_batch(config))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total))
+    device = keep.device
+    trace = Trace()
+    progress.stage("fine-tune", config.finetune_epochs)
+    with masked(model, (), None):
+        for _ in range(config.finetune_epochs):
+            losses, right = 0.0, 0.0
+            for images, labels in data.batches(_finetune_batch(config), generator, device):
+                logits = logits_of(model(images))
+                loss = F.cross_entropy(logits.float(), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
+                optimizer.step()
+                schedule.step()
+                prune_(model, sites, keep)
+                losses += float(loss.detach()) * len(labels) / len(data)
+                right += _accuracy(logits, labels) * len(labels) / len(data)
+            trace.loss.append(losses)
+            trace.accuracy.append(right)
+            progress.update(1, loss=losses, accuracy=right)
+    return trace
+
+
+def predict(model: nn.Module, data: DefenceSet, batch_size: int, device: torch.device) -> Tensor:
+    """Logits of the model as it is now for all of ``data``: (n, classes) float32, on the CPU."""
+    with torch.no_grad():
+        return torch.cat([logits_of(model(x)).float().cpu() for x, _ in data.batches(batch_size, device=device)])
+
+
+def _finetune_batch(config: PruneConfig) -> int:
+    return max(2, config.batch_size // 2)
+
+
+def _ascend(
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    parameters: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    rate: float,
+    weight_decay: float,
+) -> tuple[float, float]:
+    """Steps of one window; (clean loss, accuracy) over it, measured before each step."""
+    device = parameters[0].device
+    losses, right, count = 0.0, 0.0, 0
+    for images, labels in batches:
+        logits = logits_of(model(images.to(device)))
+        labels = labels.to(device)
+        objective = expose(logits, labels)
+        gradients = torch.autograd.grad(objective, list(parameters), allow_unused=True, materialize_grads=True)
+        with torch.no_grad():
+            length = torch.nn.utils.get_total_norm(gradients).clamp_min(1e-12)
+            for p, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
+                momentum.mul_(_MOMENTUM).add_(gradient / length).add_(p, alpha=weight_decay)
+                p.sub_(rate * momentum)
+        losses -= float(objective.detach()) * len(labels)
+        right += _accuracy(logits, labels) * len(labels)
+        count += len(labels)
+    return losses / count, right / count
+
+
+def _windows(data: DefenceSet, batch_size: int, generator: torch.Generator) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Shuffled batches without end, in groups of about `_WINDOW` pictures and never across two passes."""
+    per_window = max(1, _WINDOW // batch_size)
+    while True:
+        batches = list(data.batches(batch_size, generator))
+        for start in range(0, len(batches), per_window):
+            yield batches[start : start + per_window]
+
+
+def _endless(batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from batches()
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).float().mean())

@@ -1,0 +1,267 @@
+"""The public calls: the stages in order, and what they give back."""
+
+from __future__ import annotations
+
+import copy
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnp_fast import __version__
+from mnp_fast.config import PruneConfig
+from mnp_fast.data import DefenceSet, check_model, collect
+from mnp_fast.detect import Evidence, verdict, weigh
+from mnp_fast.errors import ConfigError
+from mnp_fast.masked import masked, prune_
+from mnp_fast.optimize import Trace, finetune_, learn_masks, predict, suppress_
+from mnp_fast.progress import Progress
+from mnp_fast.result import PruneResult, ScanResult
+from mnp_fast.select import Selection, select
+from mnp_fast.sites import Site, find_sites
+from mnp_fast.stats import magnitude
+
+
+def prune(
+    model: nn.Module,
+    loader: Any,
+    config: PruneConfig | None = None,
+    *,
+    triggered_loader: Any = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> PruneResult:
+    """Look for a backdoor in an image classifier and prune the neurons that carry it.
+
+    model: any nn.Module whose output is logits (b, classes), or has them as ``.logits``; in any mode, on any device. It
+        is never changed, also where the run fails or is interrupted; the result holds a repaired copy.
+    loader: re-iterable of clean (images, labels) batches, or of mappings with pixel_values and labels; some hundreds of
+        pictures, normalised as in training, read once. images: (b, ...) floating; labels: (b,) integer.
+    config: settings; the defaults are meant for every model.
+    triggered_loader: pictures with the trigger, labelled with the class that the attacker wants; only measured, before
+        and after, never used for a choice. Leave pictures of that class out.
+    device: where to compute (default: where the model is). seed: the same seed gives the same masks and weights on the
+        same machine and backend. progress: show stages on standard error.
+
+    Raises DataError, ModelError or ConfigError, each naming cause and remedy.
+    """
+    run = _Run(model, loader, config, device, seed, progress)
+    triggered = None
+    if triggered_loader is not None:
+        triggered = collect(triggered_loader, seed=seed, what="triggered_loader", min_pictures=1, min_classes=1)
+        check_model(model, triggered)
+    with run.stages():
+        suppressed, evidence = run.expose()
+        mask = run.learn_masks(suppressed)
+        selection = run.select(mask, suppressed)
+        repaired = run.repair(selection.keep)
+    return run.result(evidence, mask, selection, repaired, triggered)
+
+
+def scan(
+    model: nn.Module,
+    loader: Any,
+    config: PruneConfig | None = None,
+    *,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> ScanResult:
+    """The verdict without the repair: clean suppression and what it shows. Arguments and errors as for `prune`."""
+    run = _Run(model, loader, config, device, seed, progress)
+    with run.stages():
+        _, evidence = run.expose()
+    found, target = verdict(evidence, run.config)
+    return ScanResult(found, target, evidence.report() | run.statistics(), run.history, run.report())
+
+
+@dataclass
+class _Run:
+    """One run: its checked input, its working copies and its history."""
+
+    model: nn.Module
+    loader: Any
+    given_config: PruneConfig | None
+    given_device: torch.device | str | None
+    seed: int
+    progress: bool
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.config = self.given_config or PruneConfig()
+        if not isinstance(self.config, PruneConfig):
+            raise ConfigError(f"config is a {type(self.config).__name__}; give a mnp_fast.PruneConfig")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed is {self.seed!r}; give a whole number, at least 0")
+        self.data = collect(self.loader, seed=self.seed)
+        self.classes = check_model(self.model, self.data)
+        own = next(self.model.parameters()).device
+        self.device = own if self.given_device is None else _device(self.given_device)
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.learning, self.held = self.data.split(self.config.held_back, self.generator)
+        # The copy that is masked; float32, since steps of masks and weights are lost in half precision.
+        self.plain = self.working_copy()
+        self.sites = find_sites(self.plain, self.data.images[:2].to(self.device))
+        self.magnitude = magnitude(self.plain, self.sites)
+        self.bar = Progress(self.progress)
+
+    def working_copy(self) -> nn.Module:
+        """A copy of the caller's model on the device of the run, in float32, every weight trainable."""
+        working = copy.deepcopy(self.model).to(self.device).float().eval()
+        return working.requires_grad_(True)
+
+    @contextmanager
+    def stages(self) -> Iterator[None]:
+        """Seeds whatever a model draws by itself, leaves the caller's random state alone, ends the progress bar."""
+        cuda = [self.device.index or 0] if self.device.type == "cuda" else []
+        with self.bar, torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(self.seed)
+            yield
+
+    def expose(self) -> tuple[nn.Module, Evidence]:
+        with self.stage("suppress") as entry:
+            suppressed = self.working_copy()
+            trace = suppress_(suppressed, self.learning, self.config, self.generator, self.bar)
+            with masked(suppressed, (), None, batch_statistics=True):
+                logits = predict(suppressed, self.data, self.config.batch_size, self.device)
+            evidence = weigh(logits, self.data.labels)
+            entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
+        return suppressed, evidence
+
+    def learn_masks(self, suppressed: nn.Module) -> Tensor:
+        with self.stage("masks") as entry:
+            mask, trace = learn_masks(
+                self.plain, suppressed, self.sites, self.magnitude, self.learning, self.config, self.generator, self.bar
+            )
+            entry |= _ends(trace) | {"steps": len(trace.loss), "below_one": int((mask < 1).sum())}
+        return mask
+
+    def select(self, mask: Tensor, suppressed: nn.Module) -> Selection:
+        with self.stage("select") as entry:
+            self.bar.stage("select", None)
+            chosen = select(mask, self.plain, suppressed, self.sites, self.learning, self.held, self.config)
+            kept = chosen.keep.float()
+            with masked(self.plain, self.sites, kept):
+                entry |= self.held_back_metrics(self.plain)
+            entry |= {"exposed": chosen.exposed, "affordable": chosen.affordable, "pruned": int((~chosen.keep).sum())}
+        return chosen
+
+    def repair(self, keep: Tensor) -> nn.Module:
+        """A pruned and fine-tuned copy in the precision, on the device and with the flags of the caller's model."""
+        working = self.working_copy()
+        prune_(working, self.sites, keep)
+        if self.config.finetune_epochs and not bool(keep.all()):
+            with self.stage("fine-tune") as entry:
+                trace = finetune_(working, self.sites, keep, self.learning, self.config, self.generator, self.bar)
+                entry |= _ends(trace)
+        repaired = copy.deepcopy(self.model).eval()
+        repaired.load_state_dict(working.state_dict())
+        return repaired
+
+    def held_back_metrics(self, network: nn.Module) -> dict[str, float]:
+        out = predict(network, self.held, self.config.batch_size, self.device)
+        accuracy = float((out.argmax(1) == self.held.labels).float().mean())
+        return {"loss": float(F.cross_entropy(out, self.held.labels)), "accuracy": accuracy}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Times a stage; what the block adds to the entry goes into the history."""
+        entry: dict[str, Any] = {"stage": name}
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        yield entry
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        entry |= {"seconds": time.perf_counter() - start, "peak_mb": _peak_mb(self.device)}
+        self.history.append(entry)
+
+    def statistics(self) -> dict[str, Any]:
+        return {"classes": self.classes, "sites": len(self.sites), "neurons": int(self.magnitude.numel())}
+
+    def report(self) -> dict[str, Any]:
+        """What is known before any result: input, settings, versions."""
+        return {
+            "mnp_fast": __version__,
+            "torch": torch.__version__,
+            "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
+            "device": str(self.device),
+            "seed": self.seed,
+            "pictures": {"learning": len(self.learning), "held_back": len(self.held)},
+            "config": asdict(self.config),
+        } | self.statistics()
+
+    def result(
+        self,
+        evidence: Evidence,
+        mask: Tensor,
+        selection: Selection,
+        repaired: nn.Module,
+        triggered: DefenceSet | None,
+    ) -> PruneResult:
+        found, target = verdict(evidence, self.config)
+        mask = mask.cpu()
+        gone = (~selection.keep).cpu()
+        parts = {site.path: slice(site.offset, site.offset + site.neurons) for site in self.sites}
+        return PruneResult(
+            model=repaired,
+            masks={path: mask[part].clone() for path, part in parts.items()},
+            pruned={path: gone[part].nonzero().flatten().tolist() for path, part in parts.items()},
+            threshold=selection.threshold,
+            verdict=found,
+            suspected_target=target,
+            evidence=evidence.report(),
+            metrics=self.metrics(repaired, triggered),
+            history=self.history,
+            run=self.report(),
+        )
+
+    def metrics(self, repaired: nn.Module, triggered: DefenceSet | None) -> dict[str, float]:
+        """Clean accuracy on held-back pictures; with triggered pictures also ASR and DER, before and after."""
+        was = copy.deepcopy(self.model).eval()
+        own = next(was.parameters())
+        accuracy = [_accuracy(network, self.held, self.config, own) for network in (was, repaired)]
+        out = {"clean_accuracy_before": accuracy[0], "clean_accuracy_after": accuracy[1], "held_back": len(self.held)}
+        if triggered is not None:
+            asr = [_accuracy(network, triggered, self.config, own) for network in (was, repaired)]
+            out |= {"asr_before": asr[0], "asr_after": asr[1]}
+            out["der"] = (max(0.0, asr[0] - asr[1]) - max(0.0, accuracy[0] - accuracy[1]) + 1) / 2
+        return out
+
+
+def _accuracy(network: nn.Module, data: DefenceSet, config: PruneConfig, like: Tensor) -> float:
+    """Share of pictures put into the class of their label, by the network as the caller has it."""
+    out = predict(network, DefenceSet(data.images.to(like.dtype), data.labels), config.batch_size, like.device)
+    return float((out.argmax(1) == data.labels).float().mean())
+
+
+def _ends(trace: Trace) -> dict[str, Any]:
+    return {"loss": trace.loss[-1], "accuracy": trace.accuracy[-1]}
+
+
+def _device(given: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(given)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"the device {given!r} cannot be used ({first}); give cpu, or a device that is there"
+        ) from error
+    return device
+
+
+def _peak_mb(device: torch.device) -> float:
+    """Peak memory in MB: of the stage on a GPU, of the process so far on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

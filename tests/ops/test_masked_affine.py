@@ -1,0 +1,265 @@
+"""masked_affine: every provider against plain torch in float64, and the promises of the op's own docstring."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from affine_cases import (
+    ALL_PROVIDERS,
+    CASES,
+    FLOAT32_PROVIDERS,
+    RATIO,
+    TOLERANCE,
+    Case,
+    case_id,
+    make_inputs,
+)
+
+from mnp_fast.errors import BackendError
+from mnp_fast.ops import force_backend, masked_affine
+
+FORWARD = torch.ops.mnp_fast.masked_affine.default
+BACKWARD = torch.ops.mnp_fast.masked_affine_backward.default
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize(("provider", "dtype"), ALL_PROVIDERS)
+def test_matches_plain_torch_in_float64(provider, dtype, case):
+    inputs = make_inputs(case, dtype, provider.device)
+    with provider.force():
+        ours = inputs.results()
+    exact = inputs.plain(torch.float64)
+    plain = None if dtype in TOLERANCE else inputs.plain(dtype)
+    for name, value in ours.items():
+        assert value.shape == exact[name].shape, name
+        assert value.dtype == (dtype if name.startswith("output") else torch.float32), name
+        if plain is None:
+            rtol, atol = TOLERANCE[dtype][name.split()[0]]
+            torch.testing.assert_close(value.double(), exact[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        elif value.numel():
+            error = (value.double() - exact[name]).abs().max()
+            allowed = RATIO * (plain[name].double() - exact[name]).abs().max()
+            # Where plain torch happens to be exact, one rounding of the largest number is allowed.
+            allowed = max(allowed, torch.finfo(dtype).eps * exact[name].abs().max())
+            assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.memory != "strided"], ids=case_id)
+@pytest.mark.parametrize(("provider", "dtype"), FLOAT32_PROVIDERS)
+def test_memory_order_follows_x(provider, dtype, case):
+    inputs = make_inputs(case, dtype, provider.device)
+    with provider.force():
+        ours = inputs.results()
+    assert ours["output y"].stride() == torch.empty_like(inputs.x).stride()
+    assert ours["output grad_x"].stride() == torch.empty_like(inputs.x).stride()
+
+
+@pytest.mark.parametrize(("provider", "dtype"), ALL_PROVIDERS)
+def test_all_masked_leaves_exactly_the_shift(provider, dtype):
+    case = Case((2, 19, 5, 5), residual=True, act="relu")
+    inputs = make_inputs(case, dtype, provider.device)
+    _, scale, center, shift = inputs.vectors
+    with provider.force():
+        y = masked_affine(inputs.x, torch.zeros_like(scale), scale, center, shift)
+    assert torch.equal(y, shift.to(dtype).view(1, -1, 1, 1).expand_as(y))
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("provider", "dtype"), ALL_PROVIDERS)
+def test_none_masked_rounds_once(provider, dtype, memory):
+    # One product and one rounding: the mathematics leaves one answer, ties to even included.
+    inputs = make_inputs(Case((2, 20, 7, 5), memory=memory), dtype, provider.device)
+    one = torch.ones(20, device=provider.device)
+    zero = torch.zeros_like(one)
+    scale = one + torch.arange(20, device=provider.device) * 2.0**-9
+    with provider.force():
+        y = masked_affine(inputs.x, one, scale, zero, zero)
+    assert torch.equal(y, (inputs.x.float() * scale.view(-1, 1, 1)).to(dtype))
+
+
+@pytest.mark.parametrize(("provider", "dtype"), ALL_PROVIDERS)
+def test_not_finite_numbers_pass(provider, dtype):
+    x = torch.randn(1, 2, 40, device=provider.device).to(dtype)
+    x[0, 0, ::7] = float("nan")
+    x[0, 1, ::7] = float("inf")
+    one = torch.ones(2, device=provider.device)
+    zero = torch.zeros_like(one)
+    with provider.force():
+        y = masked_affine(x, one, one, zero, zero, act="relu")
+        grad_x = BACKWARD(torch.ones_like(x), x, None, one, one, zero, zero, 1, "relu", True, False)[0]
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y.isinf(), x.isinf())
+    # As torch's own relu: what is not a number lets the gradient through.
+    assert torch.equal(grad_x, ((x > 0) | x.isnan()).to(dtype))
+
+
+@pytest.mark.parametrize(("provider", "dtype"), FLOAT32_PROVIDERS)
+def test_views_give_what_their_copies_give(provider, dtype):
+    torch.manual_seed(0)
+    base = torch.randn(3, 9, 8, 6, device=provider.device)
+    flat = torch.randn(5 * 8, device=provider.device)
+    vectors = [flat[1 + 8 * i : 9 + 8 * i] for i in range(4)]
+    views = [base[:, 1:], base[1:, 1:, ::2], base[:, 1:].transpose(2, 3), base[:, 1:].flip(0).expand(3, 8, 8, 6)]
+    with provider.force():
+        for x in views:
+            y = masked_affine(x, *vectors, x, act="relu")
+            copies = masked_affine(x.contiguous(), *[v.clone() for v in vectors], x.contiguous(), act="relu")
+            assert torch.equal(y, copies)
+            # The gradient of a sum is one number, expanded.
+            leaf = x.detach().requires_grad_()
+            masked_affine(leaf, *vectors).sum().backward()
+            torch.testing.assert_close(leaf.grad, (vectors[0] * vectors[1]).view(-1, 1, 1).expand_as(leaf))
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+def test_threads_do_not_change_a_bit(memory):
+    inputs = make_inputs(Case((3, 48, 40, 40), act="relu", residual=True, memory=memory), torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(inputs.results())
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize(("provider", "dtype"), FLOAT32_PROVIDERS)
+def test_same_call_same_bits(provider, dtype):
+    inputs = make_inputs(Case((2, 24, 30, 30), act="relu", residual=True, memory="channels_last"), dtype, provider.device)
+    with provider.force():
+        first, second = inputs.results(), inputs.results()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if len(c.shape) < 5 and c.shape[0] < 4], ids=case_id)
+def test_gradcheck(case):
+    if case.shape[-1] > 50 or case.shape[-2] > 20 or case.shape[1] > 20:
+        case = case._replace(shape=(2, 3, 4) if case.channel_dim == -1 else (2, 3, 4, 3))
+    inputs = make_inputs(case, torch.float32)
+    tensors = [t.double().detach().requires_grad_() for t in (inputs.x, *inputs.vectors)]
+    if inputs.residual is not None:
+        tensors.append(inputs.residual.double().detach().requires_grad_())
+
+    def op(x, mask, scale, center, shift, residual=None):
+        return masked_affine(x, mask, scale, center, shift, residual, channel_dim=case.channel_dim, act=case.act)
+
+    assert torch.autograd.gradcheck(op, tensors, eps=1e-6, atol=1e-5, fast_mode=True)
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize(("provider", "dtype"), FLOAT32_PROVIDERS)
+def test_opcheck(provider, dtype, memory):
+    inputs = make_inputs(Case((2, 3, 4, 5), act="relu", residual=True, memory=memory), dtype, provider.device)
+    x = inputs.x.detach().requires_grad_()
+    vectors = [v.detach().requires_grad_() for v in inputs.vectors]
+    with provider.force():
+        torch.library.opcheck(FORWARD, (x, *vectors, inputs.residual, 1, "relu"))
+        torch.library.opcheck(FORWARD, (x, *vectors, None, 1, "none"))
+        fixed = (inputs.grad, inputs.x)
+        torch.library.opcheck(BACKWARD, (*fixed, inputs.x, *inputs.vectors, 1, "relu", True, True))
+        torch.library.opcheck(BACKWARD, (*fixed, None, *inputs.vectors, 1, "none", False, False))
+
+
+def test_compiles_into_one_graph():
+    inputs = make_inputs(Case((2, 6, 5, 5), residual=True), torch.float32)
+
+    def layer(x, mask, scale, center, shift, residual):
+        return masked_affine(x, mask, scale, center, shift, residual, act="relu").mean((2, 3))
+
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    mask = inputs.vectors[0].requires_grad_()
+    arguments = (inputs.x, mask, *inputs.vectors[1:], inputs.residual)
+    assert torch.equal(compiled(*arguments), layer(*arguments))
+    assert torch.equal(*(torch.autograd.grad(f(*arguments).sum(), mask)[0] for f in (compiled, layer)))
+    with torch.no_grad():
+        assert torch.equal(compiled(*arguments), layer(*arguments))
+
+
+def test_saves_only_what_backward_needs():
+    inputs = make_inputs(Case((2, 6, 9, 9), residual=True), torch.float32)
+    mask = inputs.vectors[0].requires_grad_()
+
+    def saved(residual, act):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            masked_affine(inputs.x, mask, *inputs.vectors[1:], residual, act=act)
+        return [size // inputs.x.numel() for size in sizes if size >= inputs.x.numel()]
+
+    assert saved(None, "none") == saved(None, "relu") == saved(inputs.residual, "none") == [1]
+    assert saved(inputs.residual, "relu") == [1, 1]
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_gradients_one_at_a_time(index):
+    # Each is right also where no other is asked for.
+    inputs = make_inputs(Case((2, 6, 5, 3), act="relu", residual=True), torch.float32)
+    tensors = [t.detach() for t in (inputs.x, *inputs.vectors, inputs.residual)]
+    everything = list(inputs.plain(torch.float64).values())[1:]
+    order = [0, 2, 3, 4, 5, 1]
+    tensors[index].requires_grad_()
+    masked_affine(*tensors, act="relu").backward(inputs.grad)
+    torch.testing.assert_close(tensors[index].grad.double(), everything[order[index]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("provider", "dtype"), FLOAT32_PROVIDERS)
+def test_backward_op_gives_sums_of_each_sample(provider, dtype):
+    inputs = make_inputs(Case((3, 5, 4, 4), act="relu"), dtype, provider.device)
+    mask, scale, center, shift = inputs.vectors
+    with provider.force():
+        _, _, _, sum_gx = BACKWARD(inputs.grad, inputs.x, None, mask, scale, center, shift, 1, "relu", False, False)
+    for sample in range(3):
+        leaf = mask.detach().requires_grad_()
+        x = inputs.x[sample : sample + 1]
+        y = leaf.view(-1, 1, 1) * scale.view(-1, 1, 1) * (x - center.view(-1, 1, 1)) + shift.view(-1, 1, 1)
+        (gradient,) = torch.autograd.grad(y.relu(), leaf, inputs.grad[sample : sample + 1])
+        torch.testing.assert_close(scale * sum_gx[sample], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivative_is_an_error_not_a_zero():
+    inputs = make_inputs(Case((2, 3, 4)), torch.float32)
+    mask = inputs.vectors[0].requires_grad_()
+    y = masked_affine(inputs.x, mask, *inputs.vectors[1:])
+    (gradient,) = torch.autograd.grad(y.square().sum(), mask, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"act": "gelu"}, "act must be one of none, relu"),
+        ({"channel_dim": 2}, "channel_dim must be 1 or -1"),
+        ({"x": torch.randn(4)}, "samples and channels"),
+        ({"x": torch.ones(2, 4, 3, dtype=torch.int64)}, "float32, bfloat16 or float16"),
+        ({"mask": torch.ones(3)}, r"mask must be torch.float32 of shape \(4,\)"),
+        ({"scale": torch.ones(4, dtype=torch.float64)}, "scale must be torch.float32"),
+        ({"center": torch.ones(4, device="meta")}, "center must be .* on cpu"),
+        ({"shift": torch.ones(1, 4)}, "shift must be"),
+        ({"residual": torch.ones(2, 4, 1)}, "must be like x"),
+        ({"residual": torch.ones(2, 4, 3, dtype=torch.bfloat16)}, "must be like x"),
+    ],
+)
+def test_wrong_arguments_name_what_is_wrong(change, message):
+    arguments = {"x": torch.randn(2, 4, 3), "residual": None}
+    arguments |= {name: torch.ones(4) for name in ("mask", "scale", "center", "shift")}
+    with pytest.raises(BackendError, match=message):
+        masked_affine(**(arguments | change))
+
+
+def test_native_op_stays_inside_its_memory():
+    # Called without the Python checks: an error, and not memory of others.
+    with force_backend("cpu"):
+        masked_affine(torch.randn(2, 4, 3), *[torch.ones(4)] * 4)
+    native = torch.ops.mnp_fast_cpu.masked_affine.default
+    ones = [torch.ones(4)] * 4
+    with pytest.raises(RuntimeError, match="numbers instead of"):
+        native(torch.randn(2, 4, 3), *ones, None, 2, 4, 4, False, False, 0)
+    with pytest.raises(RuntimeError, match="not dense"):
+        native(torch.randn(2, 4, 6)[:, :, ::2], *ones, None, 2, 4, 3, False, False, 0)
+    with pytest.raises(RuntimeError, match="mask has"):
+        native(torch.randn(2, 4, 3), torch.ones(3), *ones[1:], None, 2, 4, 3, False, False, 0)
+    with pytest.raises(RuntimeError, match="instruction set"):
+        native(torch.randn(2, 4, 3), *ones, None, 2, 4, 3, False, False, 9)

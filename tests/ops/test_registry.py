@@ -1,0 +1,118 @@
+"""Choice of a backend: forced fails loudly, automatic falls back, and import looks for nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mnp_fast import settings
+from mnp_fast.errors import BackendError, ConfigError
+from mnp_fast.ops import available, force_backend, force_cpu_isa, masked_affine, native, registry, why_not
+
+CPU = torch.device("cpu")
+BUILT = native.info_module() is not None
+
+
+def call(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return masked_affine(torch.ones(2, 3, 4, dtype=dtype), *[torch.ones(3)] * 4)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "reason"),
+    [
+        ("cpu", torch.float16, "float32 and bfloat16 kernels, not torch.float16"),
+        ("cuda", torch.float32, "runs on CUDA devices, not on cpu"),
+        ("triton", torch.float64, "float32, bfloat16 and float16 kernels"),
+    ],
+)
+def test_forced_and_impossible_is_an_error(backend, dtype, reason):
+    vectors = [torch.ones(3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)] * 4
+    with force_backend(backend), pytest.raises(BackendError, match=reason):
+        masked_affine(torch.ones(2, 3, 4, dtype=dtype), *vectors)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_backends_say_what_is_missing():
+    for backend in ("cuda", "triton"):
+        assert "CUDA" in why_not(backend, "masked_affine", torch.device("cuda"), torch.float32)
+
+
+def test_automatic_falls_back_to_the_reference():
+    assert available("masked_affine", CPU, torch.float16) == ["reference"]
+    assert call(torch.float16).dtype == torch.float16
+
+
+def test_automatic_takes_the_cpu_kernels():
+    if not BUILT:
+        pytest.skip("the native part is not built")
+    assert available("masked_affine", CPU, torch.bfloat16)[0] == "cpu"
+
+
+def test_unbuilt_library_is_diagnosed_and_falls_back(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    native.load.cache_clear()
+    registry._kernel.cache_clear()
+    try:
+        assert call().shape == (2, 3, 4)
+        with force_backend("cpu"), pytest.raises(BackendError, match="not built"):
+            call()
+    finally:
+        native.load.cache_clear()
+        registry._kernel.cache_clear()
+
+
+def test_force_backend_ends_with_its_block():
+    with pytest.raises(ConfigError, match="does not exist"), force_backend("fastest"):
+        pass
+    with force_backend("cuda"), force_backend("reference"):
+        call()
+    call()
+
+
+@pytest.mark.skipif(not BUILT, reason="the native part is not built")
+def test_forced_instruction_set_that_is_not_there():
+    with force_cpu_isa("avx1024"), force_backend("cpu"), pytest.raises(BackendError, match="this processor runs"):
+        call()
+
+
+def test_environment_forces_a_backend():
+    code = (
+        "import torch; from mnp_fast.ops import masked_affine;"
+        "masked_affine(torch.ones(2, 3), *[torch.ones(3)] * 4); print('ran')"
+    )
+    assert run_python(code, MNP_FAST_BACKEND="reference").stdout == "ran\n"
+    assert "BackendError" in run_python(code, MNP_FAST_BACKEND="cuda").stderr
+    wrong = run_python(code, MNP_FAST_BACKEND="fast")
+    assert "ConfigError" in wrong.stderr
+    assert "auto, reference, cpu, triton, cuda" in wrong.stderr
+
+
+def test_import_looks_for_nothing():
+    code = (
+        "import sys, torch, mnp_fast.ops\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'triton' not in sys.modules, 'triton'\n"
+        "assert 'mnp_fast._native' not in sys.modules, 'native'\n"
+        "assert not any('libmnp_fast' in str(path) for path in torch.ops.loaded_libraries)\n"
+    )
+    done = run_python(code, MNP_FAST_BACKEND="nonsense")
+    assert done.returncode == 0, done.stderr
+
+
+def test_settings_are_documented_and_checked():
+    assert all(v.meaning and (not v.choices or v.default in v.choices) for v in settings.VARIABLES.values())
+    assert settings.read("MNP_FAST_CUDA", {}) == "auto"
+    assert settings.read("MNP_FAST_CUDA", {"MNP_FAST_CUDA": " OFF "}) == "off"
+    with pytest.raises(ValueError, match="MNP_FAST_CUDA='maybe': must be one of auto, on, off"):
+        settings.read("MNP_FAST_CUDA", {"MNP_FAST_CUDA": "maybe"})
+    assert any("INVALID" in value for _, value, _ in settings.describe({"MNP_FAST_BACKEND": "x"}))
