@@ -31,7 +31,7 @@ def load_settings() -> ModuleType:
 
 
 def find_torch() -> Path:
-    """Folder of the torch of the environment that is installed into, or of this process where builds are not isolated."""
+    """Folder of the torch of the environment that is installed into, or of this process where that is another."""
     for flags in (["-I"], []):
         found = subprocess.run([sys.executable, *flags, "-c", FIND_TORCH], capture_output=True, text=True, check=False)
         folder = found.stdout.strip()

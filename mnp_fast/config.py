@@ -18,7 +18,7 @@ class PruneConfig:
     batch_size: int = 128
     """Pictures a step in every optimised stage. ANP and RNP use 128."""
     held_back: float = 0.2
-    """Share of the defence set, in (0, 1), that nothing is learned from; it limits the pruning and gives the metrics."""
+    """Share of the defence set, in (0, 1), that nothing is learned from; it limits pruning and gives the metrics."""
 
     suppression_stop: float = 0.25
     """Clean suppression ends when accuracy has fallen to this share of what it was at first, in (0, 1). Measured."""
@@ -39,14 +39,16 @@ class PruneConfig:
     """Steps of the masks. Measured: 80, which is 20 passes over 500 pictures."""
 
     exposure_stop: float = 1.0
-    """Pruning goes on until the suppressed model's clean loss is this many times that of chance, ln(classes). Measured."""
-    accuracy_budget: float = 0.2
+    """Pruning goes on until the suppressed model's clean loss is this many times that of chance, ln(classes)."""
+    accuracy_budget: float = 0.06
     """Pruning stops where held-back accuracy has fallen by more than this before fine-tuning, in [0, 1]. Measured."""
 
     finetune_epochs: int = 10
     """Passes of fine-tuning over the learning pictures, pruned neurons held at zero; 0 for none. Measured."""
-    finetune_rate: float = 5e-3
+    finetune_rate: float = 1e-2
     """First learning rate of fine-tuning, annealed to 0 by a cosine; gradients are clipped to norm 1. Measured."""
+    distillation: float = 0.5
+    """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
 
     evidence_share: float = 0.5
     """The suppressed model puts this share of clean pictures into one class: "evidence of a backdoor". Measured."""
@@ -58,9 +60,8 @@ class PruneConfig:
             value = getattr(self, field.name)
             whole = field.type == "int"
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise ConfigError(
-                    f"{field.name} is {value!r}, a {type(value).__name__}; give {'a whole number' if whole else 'a number'}"
-                )
+                kind = "a whole number" if whole else "a number"
+                raise ConfigError(f"{field.name} is {value!r}, a {type(value).__name__}; give {kind}")
             low, high = _RANGES.get(field.name, (0, math.inf))
             if not (low <= value <= high and math.isfinite(value)):
                 raise ConfigError(f"{field.name} is {value}; it must lie between {low:g} and {high:g}")
@@ -84,6 +85,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "exposure_stop": (0.1, 100),
     "accuracy_budget": (0, 1),
     "finetune_rate": (_TINY, 1.0),
+    "distillation": (0, 1),
     "evidence_share": (0, 1),
     "suspicion_share": (0, 1),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+_TEMPERATURE = 2.0
+
 
 def expose(logits: Tensor, labels: Tensor) -> Tensor:
     """Clean suppression, to be minimised over the weights: -E L(F(x; theta), y). Weight decay is the optimiser's.
@@ -28,3 +30,18 @@ def eliminate_and_preserve(suppressed_logits: Tensor, logits: Tensor, labels: Te
 def penalty_gradient(magnitude: Tensor, penalty: float) -> Tensor:
     """Gradient of lambda sum_i m_i M_i with respect to the masks. magnitude: (neurons,) float32."""
     return penalty * magnitude
+
+
+def repair_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, distillation: float) -> Tensor:
+    """Loss of fine-tuning: (1 - d) cross-entropy + d T^2 KL(teacher || model) at temperature T = 2 (arXiv 1503.02531).
+
+    logits, teacher_logits: (b, classes) floating; labels: (b,) int64. Returns a scalar.
+    """
+    logits, teacher_logits = logits.float(), teacher_logits.float()
+    soft = F.kl_div(
+        F.log_softmax(logits / _TEMPERATURE, 1),
+        F.log_softmax(teacher_logits / _TEMPERATURE, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return (1 - distillation) * F.cross_entropy(logits, labels) + distillation * _TEMPERATURE**2 * soft

@@ -25,7 +25,7 @@ from mnp_fast.optimize import Trace, finetune_, learn_masks, predict, suppress_
 from mnp_fast.progress import Progress
 from mnp_fast.result import PruneResult, ScanResult
 from mnp_fast.select import Selection, select
-from mnp_fast.sites import Site, find_sites
+from mnp_fast.sites import find_sites
 from mnp_fast.stats import magnitude
 
 
@@ -60,8 +60,8 @@ def prune(
         check_model(model, triggered)
     with run.stages():
         suppressed, evidence = run.expose()
-        mask = run.learn_masks(suppressed)
-        selection = run.select(mask, suppressed)
+        mask, order = run.learn_masks(suppressed)
+        selection = run.select(mask, order, suppressed)
         repaired = run.repair(selection.keep)
     return run.result(evidence, mask, selection, repaired, triggered)
 
@@ -136,18 +136,18 @@ class _Run:
             entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
         return suppressed, evidence
 
-    def learn_masks(self, suppressed: nn.Module) -> Tensor:
+    def learn_masks(self, suppressed: nn.Module) -> tuple[Tensor, Tensor]:
         with self.stage("masks") as entry:
-            mask, trace = learn_masks(
+            mask, order, trace = learn_masks(
                 self.plain, suppressed, self.sites, self.magnitude, self.learning, self.config, self.generator, self.bar
             )
             entry |= _ends(trace) | {"steps": len(trace.loss), "below_one": int((mask < 1).sum())}
-        return mask
+        return mask, order
 
-    def select(self, mask: Tensor, suppressed: nn.Module) -> Selection:
+    def select(self, mask: Tensor, order: Tensor, suppressed: nn.Module) -> Selection:
         with self.stage("select") as entry:
             self.bar.stage("select", None)
-            chosen = select(mask, self.plain, suppressed, self.sites, self.learning, self.held, self.config)
+            chosen = select(mask, order, self.plain, suppressed, self.sites, self.learning, self.held, self.config)
             kept = chosen.keep.float()
             with masked(self.plain, self.sites, kept):
                 entry |= self.held_back_metrics(self.plain)
@@ -160,7 +160,9 @@ class _Run:
         prune_(working, self.sites, keep)
         if self.config.finetune_epochs and not bool(keep.all()):
             with self.stage("fine-tune") as entry:
-                trace = finetune_(working, self.sites, keep, self.learning, self.config, self.generator, self.bar)
+                trace = finetune_(
+                    working, self.plain, self.sites, keep, self.learning, self.config, self.generator, self.bar
+                )
                 entry |= _ends(trace)
         repaired = copy.deepcopy(self.model).eval()
         repaired.load_state_dict(working.state_dict())

@@ -30,6 +30,7 @@ class Selection:
 
 def select(
     mask: Tensor,
+    order: Tensor,
     model: nn.Module,
     suppressed: nn.Module,
     sites: Sequence[Site],
@@ -37,13 +38,12 @@ def select(
     held: DefenceSet,
     config: PruneConfig,
 ) -> Selection:
-    """The prune set, along the order of the masks: nested sets, searched by bisection.
+    """The prune set, along ``order`` as `learn_masks` gives it: nested sets, searched by bisection.
 
     Pruning goes on until the suppressed model's clean loss has come down to that of chance, ln(classes): what made it
     wrong, the backdoor, is then gone. It stops earlier where held-back accuracy has fallen by more than the budget,
     judged by a one-sided bound of one standard error of the paired difference.
     """
-    order = mask.argsort(stable=True)
     candidates = int((mask < 1).sum())
     labels = held.labels
 

@@ -44,7 +44,7 @@ VARIABLES: dict[str, Variable] = {
 
 
 def read(name: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Value of one variable of VARIABLES; ValueError names the variable and its choices where the value is none of them."""
+    """Value of one variable of VARIABLES. ValueError names it and its choices where the value is none of them."""
     variable = VARIABLES[name]
     value = environ.get(name, "").strip().lower() or variable.default
     if variable.choices and value not in variable.choices:

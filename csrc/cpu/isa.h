@@ -35,13 +35,15 @@ const Table& choose([[maybe_unused]] Isa isa, const Table* scalar, [[maybe_unuse
   namespace avx512 {                     \
   extern const Table name;               \
   }
-#define MNP_CHOOSE_KERNELS(isa, name) \
-  ::mnp_fast::cpu::choose(isa, &::mnp_fast::cpu::scalar::name, &::mnp_fast::cpu::avx2::name, &::mnp_fast::cpu::avx512::name)
+#define MNP_CHOOSE_KERNELS(isa, name)                                                        \
+  ::mnp_fast::cpu::choose(isa, &::mnp_fast::cpu::scalar::name, &::mnp_fast::cpu::avx2::name, \
+                          &::mnp_fast::cpu::avx512::name)
 #else
 #define MNP_DECLARE_KERNELS(Table, name) \
   namespace scalar {                     \
   extern const Table name;               \
   }
-#define MNP_CHOOSE_KERNELS(isa, name) \
-  ::mnp_fast::cpu::choose(isa, &::mnp_fast::cpu::scalar::name, &::mnp_fast::cpu::scalar::name, &::mnp_fast::cpu::scalar::name)
+#define MNP_CHOOSE_KERNELS(isa, name)                                                          \
+  ::mnp_fast::cpu::choose(isa, &::mnp_fast::cpu::scalar::name, &::mnp_fast::cpu::scalar::name, \
+                          &::mnp_fast::cpu::scalar::name)
 #endif

@@ -1,5 +1,6 @@
-// Bytes moved for each number of x, e bytes wide: forward 2e (3e with a residual); backward 3e (grad, x, grad_x), e more
-// each for y and grad_residual. Both are bound by memory: the aim is 80 % of the bandwidth of a copy of as many bytes.
+// Bytes moved for each number of x, e bytes wide: forward 2e (3e with a residual); backward 3e (grad, x, grad_x), e
+// more each for y and grad_residual. Both are bound by memory: the aim is 80 % of the bandwidth of a copy of as many
+// bytes.
 #include "cpu/masked_affine.h"
 
 #include "cpu/vec.h"
@@ -99,7 +100,8 @@ struct Streams {
 
 // One vector of numbers at offset i; kPart: only the first n of them are there, and the others count as zero.
 template <Sign kSign, bool kPart, class T>
-MNP_ALWAYS_INLINE void backward_one(const Streams<T>& t, int64_t i, int64_t n, Vec a, Vec b, Vec center, Vec& sum_g, Vec& sum_gx) {
+MNP_ALWAYS_INLINE void backward_one(const Streams<T>& t, int64_t i, int64_t n, Vec a, Vec b, Vec center, Vec& sum_g,
+                                    Vec& sum_gx) {
   const auto load = [i, n](const T* p) { return kPart ? Vec::load(p + i, n) : Vec::load(p + i); };
   const auto store = [i, n](Vec v, T* p) { kPart ? v.store(p + i, n) : v.store(p + i); };
   Vec g = load(t.grad);

@@ -1,4 +1,5 @@
-// y = act(a*x + b + residual) with a = mask*scale, b = shift - a*center per channel, and its backward, for dense memory.
+// y = act(a*x + b + residual) with a = mask*scale, b = shift - a*center per channel, and its backward, for dense
+// memory.
 //
 // Work is handed out as a range of units, so that the caller may spread units over threads; what a unit computes never
 // depends on the range that it came in.

@@ -1,8 +1,8 @@
 // A vector of floats in the instruction set that the file is compiled for, named by the macro MNP_ISA.
 //
-// Kernel files are compiled once for each instruction set. Everything here is in an anonymous namespace, and kernels use
-// no inline function of the standard library: the linker keeps one copy of those, and that copy may hold instructions
-// that the processor lacks.
+// Kernel files are compiled once for each instruction set. Everything here is in an anonymous namespace, and kernels
+// use no inline function of the standard library: the linker keeps one copy of those, and that copy may hold
+// instructions that the processor lacks.
 #pragma once
 
 #include <cstdint>
@@ -53,9 +53,7 @@ struct Vec {
 
  private:
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
-  static Vec widen(__m256i bits) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
-  }
+  static Vec widen(__m256i bits) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))}; }
   __m256i narrow() const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -104,9 +102,7 @@ struct Vec {
   static __m256i first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
-  static Vec widen(__m128i bits) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
-  }
+  static Vec widen(__m128i bits) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))}; }
   __m128i narrow() const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

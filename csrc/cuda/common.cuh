@@ -1,4 +1,5 @@
-// What the CUDA kernels of every op share: 16-byte accesses, float32 arithmetic on narrow numbers, the device to run on.
+// What the CUDA kernels of every op share: 16-byte accesses, float32 arithmetic on narrow numbers, the device to run
+// on.
 #pragma once
 
 #include <cuda_bf16.h>

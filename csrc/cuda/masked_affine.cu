@@ -1,15 +1,15 @@
-// Bytes moved for each number of x, e bytes wide: forward 2e (3e with a residual); backward 3e (grad, x, grad_x), e more
-// each for y and grad_residual; the sums add 8 bytes for each sample and channel. All are bound by memory: on a device
-// with bandwidth B, (n, c, s) takes n*c*s*2e / B at least.
+// Bytes moved for each number of x, e bytes wide: forward 2e (3e with a residual); backward 3e (grad, x, grad_x), e
+// more each for y and grad_residual; the sums add 8 bytes for each sample and channel. All are bound by memory: on a
+// device with bandwidth B, (n, c, s) takes n*c*s*2e / B at least.
 //
 // Channels outside, (n, c, s): forward goes through memory in a line; backward gives each plane of s numbers to a group
-// of threads, which keeps its two sums. Channels inside, (n, s, c): a thread keeps the coefficients, and in the backward
-// the sums, of the channels that it owns and walks down the rows. One access is 16 bytes wherever addresses allow it.
-#include "cuda/masked_affine.h"
-
+// of threads, which keeps its two sums. Channels inside, (n, s, c): a thread keeps the coefficients, and in the
+// backward the sums, of the channels that it owns and walks down the rows. One access is 16 bytes wherever addresses
+// allow it.
 #include <type_traits>
 
 #include "cuda/common.cuh"
+#include "cuda/masked_affine.h"
 
 namespace mnp_fast::cuda {
 namespace {
@@ -38,7 +38,8 @@ __device__ __forceinline__ T forward_one(T x, const T* residual, Channel channel
   return narrow<T>(y);
 }
 
-// --- Forward, memory in a line: every thread takes V numbers in a row, of one channel each `s` numbers ----------------
+// --- Forward, memory in a line: every thread takes V numbers in a row, of one channel each `s` numbers
+// ----------------
 template <class T, int V, class Index>
 __global__ void __launch_bounds__(kThreads) forward_line(MnpAffineForward p, Index s, Index total) {
   const T* x = static_cast<const T*>(p.x);
@@ -79,7 +80,8 @@ __global__ void __launch_bounds__(kThreads) forward_line(MnpAffineForward p, Ind
   }
 }
 
-// --- Forward, channels inside: a thread owns V channels of kRowsPerThread rows; V divides the channels -----------------
+// --- Forward, channels inside: a thread owns V channels of kRowsPerThread rows; V divides the channels
+// -----------------
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) forward_columns(MnpAffineForward p, int64_t rows) {
   const int64_t channels = p.affine.c;
@@ -108,7 +110,8 @@ __global__ void __launch_bounds__(kThreads) forward_columns(MnpAffineForward p, 
   }
 }
 
-// --- Backward ---------------------------------------------------------------------------------------------------------
+// --- Backward
+// ---------------------------------------------------------------------------------------------------------
 template <class T>
 struct Streams {
   const T *grad, *x, *y;
@@ -266,15 +269,17 @@ __global__ void __launch_bounds__(kThreads)
   sum_gx[i] = total_gx;
 }
 
-// --- Launches ---------------------------------------------------------------------------------------------------------
-// A block of kThreads: as many threads across as a row has packs, at most a warp, and the rest down the rows.
+// --- Launches
+// --------------------------------------------------------------------------------------------------------- A block of
+// kThreads: as many threads across as a row has packs, at most a warp, and the rest down the rows.
 dim3 columns_block(int64_t packs) {
   unsigned int across = 1;
   while (across < kWarp && across < packs) across *= 2;
   return dim3(across, kThreads / across);
 }
 
-// Rows of a chunk follow from the sizes alone: whoever allocates the scratch memory does not know the width of an access.
+// Rows of a chunk follow from the sizes alone: whoever allocates the scratch memory does not know the width of an
+// access.
 int64_t chunk_rows(int64_t c) {
   const dim3 block = columns_block(ceil_div(c, 4));
   return static_cast<int64_t>(block.y) * kRowsPerThread;
@@ -346,9 +351,8 @@ int backward_wide(const MnpAffineBackward& p) {
 template <class T>
 int backward_typed(const MnpAffineBackward& p) {
   constexpr int kV = kPerAccess<T>;
-  const bool wide =
-      aligned(p.grad) && aligned(p.x) && aligned(p.y) && aligned(p.grad_x) && aligned(p.grad_residual) &&
-      (!p.affine.channels_last || p.affine.c % kV == 0);
+  const bool wide = aligned(p.grad) && aligned(p.x) && aligned(p.y) && aligned(p.grad_x) && aligned(p.grad_residual) &&
+                    (!p.affine.channels_last || p.affine.c % kV == 0);
   return wide ? backward_wide<T, kV>(p) : backward_wide<T, 1>(p);
 }
 

@@ -13,8 +13,8 @@ namespace {
 namespace cpu = mnp_fast::cpu;
 
 std::map<std::string, std::string> build_info() {
-  return {{"version", MNP_VERSION},           {"compiler", MNP_COMPILER},     {"torch", MNP_TORCH_VERSION},
-          {"cpu_isas", MNP_CPU_ISAS},         {"cuda", MNP_CUDA_VERSION},     {"cuda_archs", MNP_CUDA_ARCHS},
+  return {{"version", MNP_VERSION},           {"compiler", MNP_COMPILER},      {"torch", MNP_TORCH_VERSION},
+          {"cpu_isas", MNP_CPU_ISAS},         {"cuda", MNP_CUDA_VERSION},      {"cuda_archs", MNP_CUDA_ARCHS},
           {"torch_target", MNP_TORCH_TARGET}, {"cuda_reason", MNP_CUDA_REASON}};
 }
 

@@ -1,4 +1,5 @@
-// What the glue of every op needs: checks that keep a kernel inside its memory, for callers that skip the Python checks.
+// What the glue of every op needs: checks that keep a kernel inside its memory, for callers that skip the Python
+// checks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// The CPU kernels of masked_affine as torch operators. mnp_fast/ops/masked_affine.py holds the public op.
+// The CPU kernels of masked_affine as torch operators. mnp_fast/ops/op_masked_affine.py holds the public op.
 #include "cpu/masked_affine.h"
 
 #include <numeric>

@@ -1,4 +1,4 @@
-// The CUDA kernels of masked_affine as torch operators. mnp_fast/ops/masked_affine.py holds the public op.
+// The CUDA kernels of masked_affine as torch operators. mnp_fast/ops/op_masked_affine.py holds the public op.
 #include <string>
 #include <tuple>
 

@@ -1,7 +1,7 @@
 """Which kernels run an op: forced by the caller, or the best that can run for a device and dtype.
 
-A backend is a module with `why_not(device, dtype) -> str | None` (the reason that it cannot run, None if it can) and one
-function for every op that it has, named like the op. It is imported when an op first asks for it, never before.
+A backend is a module with `why_not(device, dtype) -> str | None` (the reason that it cannot run, None if it can) and
+one function for every op that it has, named like the op. It is imported when an op first asks for it, never before.
 """
 
 from __future__ import annotations

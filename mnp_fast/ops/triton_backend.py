@@ -75,6 +75,4 @@ def masked_affine_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mnp_fast.ops import triton_masked_affine as kernels
 
-    return kernels.backward(
-        grad, x, y, mask, scale, center, shift, layout, act, need_grad_x, need_grad_residual
-    )
+    return kernels.backward(grad, x, y, mask, scale, center, shift, layout, act, need_grad_x, need_grad_residual)

@@ -1,8 +1,8 @@
 """masked_affine in Triton. Imported only where Triton is; registry and layout are as for the other backends.
 
-Memory is a matrix: planes x positions with the channels outside, positions x channels with the channels inside. A program
-takes a tile of it. Numbers are widened to float32 as they are loaded, and sums are added in an order that depends on the
-sizes alone.
+Memory is a matrix: planes x positions with the channels outside, positions x channels with the channels inside. A
+program takes a tile of it. Numbers are widened to float32 as they are loaded, and sums are added in an order that
+depends on the sizes alone.
 """
 
 from __future__ import annotations
@@ -95,10 +95,7 @@ def backward_tile(
     g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     if RELU:
-        if HAS_Y:
-            sign = tl.load(y + offset, mask=inside, other=0.0).to(tl.float32)
-        else:
-            sign = a * value + b
+        sign = tl.load(y + offset, mask=inside, other=0.0).to(tl.float32) if HAS_Y else a * value + b
         g = tl.where(sign <= 0.0, 0.0, g)
     if NEED_X:
         tl.store(grad_x + offset, (a * g).to(grad_x.dtype.element_ty), mask=inside)
@@ -129,14 +126,15 @@ def backward_planes_kernel(
     NEED_RESIDUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    TILES: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     here = row < rows
     a, b, mean = coefficients(mask, scale, center, shift, row % channels, here)
     total_g = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     total_gx = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    for start in range(0, cols, BLOCK_COLS):
-        col = start + tl.arange(0, BLOCK_COLS)
+    for tile in range(TILES):
+        col = tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
         inside = here[:, None] & (col < cols)[None, :]
         offset = row[:, None] * cols + col[None, :]
         g, gx = backward_tile(
@@ -270,7 +268,7 @@ def backward(
             block_rows, block_cols = tile_sizes(s, MAX_POSITIONS)
             backward_planes_kernel[(triton.cdiv(n * c, block_rows),)](
                 *tensors, sum_g, sum_gx, n * c, s, c,
-                **flags, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, **OPTIONS,
+                **flags, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, TILES=triton.cdiv(s, block_cols), **OPTIONS,
             )  # fmt: skip
             return grad_x, grad_residual, sum_g, sum_gx
         block_rows, block_cols = tile_sizes(c, MAX_CHANNELS)

@@ -1,4 +1,4 @@
-"""What the tests of masked_affine share: who provides it here, on which inputs, and what plain torch in float64 says."""
+"""What the tests of masked_affine share: who provides it here, its inputs, and what plain torch in float64 says."""
 
 from __future__ import annotations
 
@@ -149,8 +149,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int =
             values = values.to(memory_format=formats[len(case.shape)])
         elif case.memory == "strided":
             # Every second number of something larger, which starts one number into its memory.
-            values = torch.stack((values, values), -1).flatten()[1:].as_strided(
-                case.shape, [2 * stride for stride in values.stride()]
+            values = (
+                torch.stack((values, values), -1)
+                .flatten()[1:]
+                .as_strided(case.shape, [2 * stride for stride in values.stride()])
             )
         return values.to(device)
 

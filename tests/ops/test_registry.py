@@ -85,12 +85,14 @@ def test_forced_instruction_set_that_is_not_there():
         call()
 
 
-def test_environment_forces_a_backend():
+def test_environment_forces_backend_and_instruction_set():
     code = (
         "import torch; from mnp_fast.ops import masked_affine;"
         "masked_affine(torch.ones(2, 3), *[torch.ones(3)] * 4); print('ran')"
     )
-    assert run_python(code, MNP_FAST_BACKEND="reference").stdout == "ran\n"
+    asked = "from mnp_fast.ops import registry; print(registry.requested_cpu_isa());"
+    done = run_python(asked + code, MNP_FAST_BACKEND="reference", MNP_FAST_CPU_ISA="scalar")
+    assert done.stdout.split() == ["scalar", "ran"], done.stderr
     assert "BackendError" in run_python(code, MNP_FAST_BACKEND="cuda").stderr
     wrong = run_python(code, MNP_FAST_BACKEND="fast")
     assert "ConfigError" in wrong.stderr

@@ -1,8 +1,9 @@
 """masked_affine: schema, argument checks, fake kernels and autograd. The kernels are in the backends.
 
-Per-sample sums for Taylor saliency and Fisher information: the backward op returns, for every sample and channel,
-`sum_g` = sum of g' and `sum_gx` = sum of g'·(x - center), g' being the gradient behind the activation. Multiply `sum_gx`
-by `scale` for the per-sample gradient of the mask; its mean is the Taylor term, its mean square the Fisher term.
+Per-sample sums for Taylor saliency and Fisher information: `torch.ops.mnp_fast.masked_affine_backward` returns, for
+every sample and channel, `sum_g` = sum of g' and `sum_gx` = sum of g'·(x - center), g' being the gradient behind the
+activation. `scale * sum_gx` is the gradient of the mask sample by sample: its mean is the Taylor term, its mean square
+the Fisher term.
 """
 
 from __future__ import annotations

@@ -1,0 +1,111 @@
+"""What the build must keep to: one torch, portable code, nothing dropped in silence. No compiler runs here."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mnp_fast import settings
+from mnp_fast.ops import native
+
+ROOT = Path(__file__).resolve().parents[1]
+CMAKE = (ROOT / "CMakeLists.txt").read_text()
+LIBRARIES = sorted((ROOT / "mnp_fast").glob("*.so"))
+BUILT = pytest.mark.skipif(native.info_module() is None, reason="the native part is not built")
+
+
+def ops_of_the_build() -> set[str]:
+    return set(re.search(r"set\(OPS ([^)]*)\)", CMAKE)[1].split())
+
+
+def test_every_op_has_every_layer():
+    for op in ops_of_the_build():
+        for file in ("cpu/{}.cpp", "cpu/{}.h", "cuda/{}.cu", "cuda/{}.h", "torch/{}.cpp", "torch/{}_cuda.cpp"):
+            assert (ROOT / "csrc" / file.format(op)).exists(), file.format(op)
+        assert (ROOT / "mnp_fast" / "ops" / f"op_{op}.py").exists()
+        assert (ROOT / "mnp_fast" / "ops" / f"triton_{op}.py").exists()
+        assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
+
+
+def test_kernels_know_nothing_of_torch():
+    for source in [*(ROOT / "csrc" / "cpu").iterdir(), *(ROOT / "csrc" / "cuda").iterdir()]:
+        included = re.findall(r'#include [<"]([^>"]+)', source.read_text())
+        assert not [name for name in included if name.startswith(("torch", "ATen", "c10"))], source
+
+
+def test_glue_uses_the_stable_interface_alone():
+    for source in (ROOT / "csrc" / "torch").iterdir():
+        included = re.findall(r"#include <((?:torch|ATen|c10)[^>]+)", source.read_text())
+        allowed = ("torch/csrc/stable/", "torch/headeronly/")
+        assert all(name.startswith(allowed) for name in included), source
+
+
+def test_kernel_files_share_no_inline_function():
+    # The linker would keep one copy, maybe of an instruction set that the processor lacks.
+    for source in (ROOT / "csrc" / "cpu").glob("*.cpp"):
+        if source.stem in ops_of_the_build():
+            included = set(
+                re.findall(r"#include <([^>]+)>", source.read_text() + (ROOT / "csrc/cpu/vec.h").read_text())
+            )
+            assert included <= {"cstdint", "cstring", "immintrin.h"}, source
+
+
+@BUILT
+def test_build_information_is_complete():
+    info = native.build_info()
+    assert info["compiler"]
+    assert info["torch"].split(".")[0].isdigit()
+    assert "scalar" in info["cpu_isas"].split()
+    assert bool(info["cuda"]) != bool(info["cuda_reason"])
+    assert bool(info["cuda"]) == (ROOT / "mnp_fast" / "libmnp_fast_cuda.so").exists() or not LIBRARIES
+
+
+@pytest.mark.skipif(not LIBRARIES or not shutil.which("readelf"), reason="needs libraries in place, and readelf")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_libraries_name_no_path_and_no_cuda(library):
+    text = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "RPATH" not in text
+    assert "RUNPATH" not in text
+    needed = re.findall(r"NEEDED.*\[(.*?)\]", text)
+    assert not [name for name in needed if "cuda" in name or "python" in name], needed
+
+
+def run_setup(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code after setup.py's definitions, with its setup() call taken out."""
+    prelude = "import setuptools; setuptools.setup = lambda **_: None\n"
+    prelude += f"__file__ = {str(ROOT / 'setup.py')!r}\nexec(compile(open(__file__).read(), __file__, 'exec'))\n"
+    return subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, check=False)
+
+
+def test_setup_finds_the_torch_that_is_used():
+    import torch
+
+    done = run_setup(code="print(find_torch())")
+    assert done.stdout.strip() == str(Path(torch.__file__).parent), done.stderr
+
+
+@pytest.mark.parametrize("version", [None, "2.9.1+cu128"])
+def test_setup_says_what_to_do_without_a_torch(version, tmp_path):
+    if version:
+        (tmp_path / "version.py").write_text(f"__version__ = {version!r}\n")
+    finder = f"print({str(tmp_path) if version else ''!r})"
+    code = f"FIND_TORCH = {finder!r}\nfind_torch()"
+    done = run_setup(code=code)
+    assert done.returncode != 0
+    assert ("needs torch 2.10 or newer" if version else "pip install torch") in done.stderr
+
+
+def test_setup_reads_the_settings_of_the_package():
+    done = run_setup(code="s = load_settings(); print(*s.VARIABLES)")
+    assert done.stdout.split() == list(settings.VARIABLES), done.stderr
+
+
+def test_defaults_of_cmake_are_those_of_the_settings():
+    for name in ("MNP_FAST_CUDA", "MNP_FAST_CUDA_ARCHS"):
+        assert re.search(rf'set\({name} "([^"]*)"', CMAKE)[1] == settings.VARIABLES[name].default
+    assert "-march=native" not in CMAKE
