@@ -38,10 +38,12 @@ class PruneConfig:
     mask_steps: int = 80
     """Steps of the masks. Measured: 80, which is 20 passes over 500 pictures."""
 
-    exposure_stop: float = 1.0
-    """Pruning goes on until the suppressed model's clean loss is this many times that of chance, ln(classes)."""
-    accuracy_budget: float = 0.06
-    """Pruning stops where held-back accuracy has fallen by more than this before fine-tuning, in [0, 1]. Measured."""
+    accuracy_budget: float = 0.05
+    """Held-back accuracy that pruning may cost before fine-tuning where a target is suspected, in [0, 1]. Measured."""
+    accuracy_limit: float = 0.2
+    """What it may cost where only that makes the suppressed model let go of the suspected class. Measured."""
+    release_share: float = 0.25
+    """The suppressed model has let go of a class when it puts at most this share of clean pictures there. Measured."""
 
     finetune_epochs: int = 10
     """Passes of fine-tuning over the learning pictures, pruned neurons held at zero; 0 for none. Measured."""
@@ -82,8 +84,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "alpha": (0, 1),
     "mask_rate": (_TINY, math.inf),
     "mask_steps": (1, math.inf),
-    "exposure_stop": (0.1, 100),
     "accuracy_budget": (0, 1),
+    "accuracy_limit": (0, 1),
+    "release_share": (0, 1),
     "finetune_rate": (_TINY, 1.0),
     "distillation": (0, 1),
     "evidence_share": (0, 1),

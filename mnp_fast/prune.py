@@ -61,7 +61,7 @@ def prune(
     with run.stages():
         suppressed, evidence = run.expose()
         mask, order = run.learn_masks(suppressed)
-        selection = run.select(mask, order, suppressed)
+        selection = run.select(mask, order, suppressed, evidence)
         repaired = run.repair(selection.keep)
     return run.result(evidence, mask, selection, repaired, triggered)
 
@@ -144,14 +144,22 @@ class _Run:
             entry |= _ends(trace) | {"steps": len(trace.loss), "below_one": int((mask < 1).sum())}
         return mask, order
 
-    def select(self, mask: Tensor, order: Tensor, suppressed: nn.Module) -> Selection:
+    def select(self, mask: Tensor, order: Tensor, suppressed: nn.Module, evidence: Evidence) -> Selection:
         with self.stage("select") as entry:
             self.bar.stage("select", None)
-            chosen = select(mask, order, self.plain, suppressed, self.sites, self.learning, self.held, self.config)
+            target = verdict(evidence, self.config)[1]
+            chosen = select(
+                mask, order, self.plain, suppressed, self.sites, self.learning, self.held, target, self.config
+            )
             kept = chosen.keep.float()
             with masked(self.plain, self.sites, kept):
                 entry |= self.held_back_metrics(self.plain)
-            entry |= {"exposed": chosen.exposed, "affordable": chosen.affordable, "pruned": int((~chosen.keep).sum())}
+            entry |= {
+                "pruned": int((~chosen.keep).sum()),
+                "within_budget": chosen.within_budget,
+                "within_limit": chosen.within_limit,
+                "released": chosen.released,
+            }
         return chosen
 
     def repair(self, keep: Tensor) -> nn.Module:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnp_fast.config import PruneConfig
@@ -19,13 +19,17 @@ from mnp_fast.sites import Site
 
 @dataclass(frozen=True)
 class Selection:
-    """keep: (neurons,) bool. threshold: t, masks <= t are pruned, -1 where none is. exposed: neurons after which the
-    suppressed model is no worse than chance; affordable: neurons after which the budget is spent."""
+    """keep: (neurons,) bool. threshold: t, masks <= t are pruned, -1 where none is.
+
+    Counts along the order: ``within_budget`` and ``within_limit``, neurons that accuracy allows; ``released``, neurons
+    after which the suppressed model has let go of the suspected class (None: not looked for, or never).
+    """
 
     keep: Tensor
     threshold: float
-    exposed: int
-    affordable: int
+    within_budget: int
+    within_limit: int
+    released: int | None
 
 
 def select(
@@ -36,16 +40,17 @@ def select(
     sites: Sequence[Site],
     learning: DefenceSet,
     held: DefenceSet,
+    suspected_target: int | None,
     config: PruneConfig,
 ) -> Selection:
     """The prune set, along ``order`` as `learn_masks` gives it: nested sets, searched by bisection.
 
-    Pruning goes on until the suppressed model's clean loss has come down to that of chance, ln(classes): what made it
-    wrong, the backdoor, is then gone. It stops earlier where held-back accuracy has fallen by more than the budget,
-    judged by a one-sided bound of one standard error of the paired difference.
+    Without a suspected target only what costs no held-back accuracy is pruned. With one, pruning goes on to the
+    accuracy budget, and past it, up to the accuracy limit, where that makes the suppressed model let go of the
+    suspected class: the pull of the backdoor is then gone, and fine-tuning brings the accuracy back. Accuracy is
+    compared by the paired drop less one standard error, since a hundred held-back pictures are few.
     """
     candidates = int((mask < 1).sum())
-    labels = held.labels
 
     def logits(network: nn.Module, data: DefenceSet, count: int, batch_statistics: bool) -> Tensor:
         kept = torch.ones_like(mask)
@@ -54,23 +59,28 @@ def select(
             # One size of batch for learning and selecting: batch statistics depend on it.
             return predict(network, data, config.batch_size, mask.device)
 
-    def exposed(count: int) -> bool:
-        out = logits(suppressed, learning, count, True)
-        return float(F.cross_entropy(out, learning.labels)) <= config.exposure_stop * math.log(out.shape[1])
+    right = logits(model, held, 0, False).argmax(1) == held.labels
 
-    right = logits(model, held, 0, False).argmax(1) == labels
+    def dearer(budget: float, count: int) -> bool:
+        drop, error = paired_drop(right, logits(model, held, count, False).argmax(1) == held.labels)
+        return drop - error > budget
 
-    def too_dear(count: int) -> bool:
-        now = logits(model, held, count, False).argmax(1) == labels
-        return paired_drop(right, now)[0] - paired_drop(right, now)[1] > config.accuracy_budget
+    def let_go(count: int) -> bool:
+        predicted = logits(suppressed, learning, count, True).argmax(1)
+        return float(predicted.eq(suspected_target or 0).float().mean()) <= config.release_share
 
-    enough = _first(exposed, candidates)
-    dear = _first(too_dear, candidates)
-    count = min(enough, dear - 1, candidates)
+    budget = config.accuracy_budget if suspected_target is not None else 0.0
+    within_budget = within_limit = _first(partial(dearer, budget), candidates) - 1
+    released = None
+    if suspected_target is not None:
+        within_limit = max(within_budget, _first(partial(dearer, config.accuracy_limit), candidates) - 1)
+        first = _first(let_go, within_limit)
+        released = first if first <= within_limit else None
+    count = max(within_budget, released or 0, 0)
     keep = torch.ones_like(mask, dtype=torch.bool)
     keep[order[:count]] = False
     threshold = float(mask[order[count - 1]]) if count else -1.0
-    return Selection(keep, threshold, min(enough, candidates), min(dear - 1, candidates))
+    return Selection(keep, threshold, max(within_budget, 0), max(within_limit, 0), released)
 
 
 def paired_drop(before: Tensor, after: Tensor) -> tuple[float, float]:

@@ -1,0 +1,98 @@
+"""Evidence and verdict on logits made by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mnp_fast import PruneConfig
+from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, verdict, weigh
+
+
+def answers(counts: list[int]) -> Tensor:
+    """Logits of a model that puts counts[c] pictures into class c, in mixed order."""
+    predicted = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    predicted = predicted[torch.randperm(len(predicted), generator=torch.Generator().manual_seed(0))]
+    return 5.0 * torch.nn.functional.one_hot(predicted, len(counts)).float()
+
+
+def evidence(share: float, target: int = 3) -> Evidence:
+    return Evidence(collapse_class=target, collapse_share=share, second_share=0.0, suppressed_loss=2.0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "top", "second"), [([1, 2, 6, 1], 2, 0.2), ([0, 10, 0], 1, 0.0), ([3, 7], 1, 0.3), ([8, 1, 1], 0, 0.1)]
+)
+def test_weigh(counts: list[int], top: int, second: float) -> None:
+    logits = answers(counts)
+    labels = torch.arange(10) % len(counts)
+    found = weigh(logits, labels)
+    assert found.collapse_class == top
+    assert found.collapse_share == pytest.approx(counts[top] / 10)
+    assert found.second_share == pytest.approx(second)
+    right = int((logits.argmax(1) == labels).sum())
+    normalizer = math.log(math.exp(5) + len(counts) - 1)
+    assert found.suppressed_loss == pytest.approx(normalizer - 5 * right / 10, rel=1e-5)
+
+
+def test_what_is_found_does_not_hang_on_the_labels() -> None:
+    logits = answers([1, 2, 6, 1])
+    one, other = (weigh(logits, torch.full((10,), label)) for label in (0, 2))
+    assert one.collapse_class == other.collapse_class == 2
+    assert one.collapse_share == other.collapse_share
+    assert one.suppressed_loss > other.suppressed_loss
+
+
+def test_report_is_plain_json() -> None:
+    found = weigh(answers([1, 9]), torch.arange(10) % 2)
+    assert json.loads(json.dumps(found.report(), allow_nan=False)) == found.report()
+    assert found.report()["collapse_share"] == found.collapse_share
+
+
+def test_verdict() -> None:
+    config = PruneConfig(suspicion_share=0.4, evidence_share=0.6)
+    wanted = {0.1: NONE_FOUND, 0.39: NONE_FOUND, 0.4: SUSPICIOUS, 0.59: SUSPICIOUS, 0.6: EVIDENCE, 1.0: EVIDENCE}
+    for share, expected in wanted.items():
+        text, target = verdict(evidence(share), config)
+        assert text == expected
+        assert target == (None if expected == NONE_FOUND else 3)
+    always = PruneConfig(suspicion_share=0, evidence_share=0)
+    assert verdict(evidence(0.0, target=0), always) == (EVIDENCE, 0)
+
+
+def test_suspicion_can_be_left_out() -> None:
+    config = PruneConfig(suspicion_share=0.7, evidence_share=0.7)
+    found = {verdict(evidence(i / 100), config)[0] for i in range(101)}
+    assert found == {NONE_FOUND, EVIDENCE}
+
+
+def test_no_model_is_ever_called_clean() -> None:
+    shares = [i / 20 for i in range(21)]
+    texts = {
+        verdict(evidence(share), PruneConfig(suspicion_share=low, evidence_share=high))[0]
+        for share, low, high in itertools.product(shares, repeat=3)
+        if low <= high
+    }
+    assert texts == {"evidence of a backdoor", "suspicious", "no evidence found"}
+    assert not any("clean" in text.lower() or "safe" in text.lower() for text in texts)
+
+
+def test_from_logits_to_verdict() -> None:
+    config = PruneConfig(suspicion_share=0.5, evidence_share=0.7)
+    labels = torch.arange(10) % 4
+    assert verdict(weigh(answers([1, 1, 8, 0]), labels), config) == (EVIDENCE, 2)
+    assert verdict(weigh(answers([6, 2, 1, 1]), labels), config) == (SUSPICIOUS, 0)
+    assert verdict(weigh(answers([3, 3, 2, 2]), labels), config) == (NONE_FOUND, None)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.42, 0.5, 0.7, 0.9])
+def test_a_share_right_at_the_bound_counts(share: float) -> None:
+    top = round(100 * share)
+    found = weigh(answers([top, *[1] * (100 - top)]), torch.zeros(100, dtype=torch.int64))
+    assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=share)) == (EVIDENCE, 0)
+    assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=1.0))[0] == SUSPICIOUS

@@ -1,0 +1,648 @@
+"""prune and scan: what may be passed, what stays as it was, what comes back; a backdoor of the digits repaired."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import snapshot
+from test_optimize import quadrants, small, taught
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import mnp_fast
+from benchmarks import digits
+from mnp_fast import ConfigError, DataError, MnpFastError, ModelError, PruneConfig, PruneResult
+from mnp_fast.data import DefenceSet, collect
+from mnp_fast.masked import prune_
+from mnp_fast.sites import find_sites
+
+SHORT = PruneConfig(batch_size=40, suppression_stop=0.4, suppression_rate=0.02, mask_steps=15, finetune_epochs=2)
+ALWAYS = replace(SHORT, evidence_share=0, suspicion_share=0, accuracy_budget=0.3)  # prunes something
+NAMES = ("suppress", "masks", "select", "fine-tune")
+
+
+def loader() -> DataLoader[tuple[Tensor, ...]]:
+    data = quadrants()
+    return DataLoader(TensorDataset(data.images, data.labels), batch_size=50)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    data = quadrants()
+    return data.images.clone(), data.labels.clone()
+
+
+def run(model: nn.Module, given: Any = None, config: PruneConfig = ALWAYS, **options: Any) -> PruneResult:
+    return mnp_fast.prune(model, loader() if given is None else given, config, **{"progress": False} | options)
+
+
+@pytest.fixture(scope="module")
+def original() -> nn.Module:
+    torch.manual_seed(0)
+    return taught(small())
+
+
+@pytest.fixture
+def model(original: nn.Module) -> nn.Module:
+    return copy.deepcopy(original)
+
+
+@pytest.fixture(scope="module")
+def usual(original: nn.Module) -> PruneResult:
+    result = run(original)
+    assert any(result.pruned.values())
+    return result
+
+
+def state(result: PruneResult) -> dict[str, Tensor]:
+    assert result.model is not None
+    return dict(result.model.state_dict())
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit for bit, names aside."""
+    pairs = zip(a.values(), b.values(), strict=True)
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
+
+
+def same(one: PruneResult, other: PruneResult) -> bool:
+    """Masks, pruned neurons, threshold, verdict and weights bit for bit; names of sites and weights may differ."""
+    return (
+        equal(one.masks, other.masks)
+        and list(one.pruned.values()) == list(other.pruned.values())
+        and (one.threshold, one.verdict, one.evidence) == (other.threshold, other.verdict, other.evidence)
+        and equal(state(one), state(other))
+    )
+
+
+# ---------------------------------------------------------------- what comes back
+def test_result(model: nn.Module, usual: PruneResult) -> None:
+    result = usual
+    assert type(result.model) is type(model)
+    assert state(result).keys() == model.state_dict().keys()
+    assert not any(module.training for module in result.model.modules())
+    assert [type(module) for module in result.model.modules()] == [type(module) for module in model.modules()]
+    assert not {p.data_ptr() for p in result.model.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert all("forward" not in module.__dict__ for module in result.model.modules())
+    fresh = small().eval()
+    fresh.load_state_dict(state(result))
+    images = quadrants(seed=4).images
+    assert torch.equal(fresh(images), result.model(images))
+    sites = find_sites(model, images[:2])
+    assert [site.path for site in sites] == list(result.masks) == list(result.pruned)
+    for site in sites:
+        mask, gone = result.masks[site.path], result.pruned[site.path]
+        assert mask.shape == (site.neurons,)
+        assert bool(((mask >= 0) & (mask <= 1)).all())
+        assert bool((mask[gone] <= result.threshold).all())
+        weight = fresh.get_parameter(f"{site.path}.weight")
+        assert not weight[gone].any()
+        assert weight.count_nonzero() == site.neurons - len(gone)
+
+
+def test_history(usual: PruneResult) -> None:
+    assert [entry["stage"] for entry in usual.history] == list(NAMES)
+    for entry in usual.history:
+        assert math.isfinite(entry["loss"])
+        assert 0 <= entry["accuracy"] <= 1
+        assert 0 < entry["seconds"] < 60
+        assert entry["peak_mb"] > 10
+    peaks = [entry["peak_mb"] for entry in usual.history]
+    assert peaks == sorted(peaks)  # of the process so far
+    assert usual.history[0]["accuracy"] <= 0.4
+    assert usual.history[2]["pruned"] == sum(map(len, usual.pruned.values()))
+
+
+def test_scan_says_what_prune_says(model: nn.Module, usual: PruneResult) -> None:
+    before = snapshot(model)
+    found = mnp_fast.scan(model, loader(), ALWAYS, progress=False)
+    assert snapshot(model) == before
+    assert (found.verdict, found.suspected_target) == (usual.verdict, usual.suspected_target)
+    assert found.evidence.items() >= usual.evidence.items()
+    assert found.evidence["neurons"] == 16
+    assert [entry["stage"] for entry in found.history] == ["suppress"]
+
+
+def test_without_finetuning_only_pruned_weights_change(model: nn.Module) -> None:
+    result = run(model, config=replace(ALWAYS, finetune_epochs=0))
+    assert [entry["stage"] for entry in result.history] == list(NAMES[:3])
+    keep = torch.ones(16, dtype=torch.bool)
+    keep[torch.tensor(result.pruned["1"] + [8 + i for i in result.pruned["4"]])] = False
+    assert not keep.all()
+    prune_(model, find_sites(model, quadrants().images[:2]), keep)
+    assert equal(state(result), dict(model.state_dict()))
+
+
+def test_where_nothing_is_pruned_the_model_comes_back_as_it_was(model: nn.Module) -> None:
+    result = run(model, config=replace(SHORT, mask_steps=1, mask_rate=1e-9, penalty=0))
+    assert not any(result.pruned.values())
+    assert result.threshold == -1
+    assert equal(state(result), dict(model.state_dict()))
+    assert result.metrics["clean_accuracy_after"] == result.metrics["clean_accuracy_before"]
+    assert [entry["stage"] for entry in result.history] == list(NAMES[:3])
+
+
+# ---------------------------------------------------------------- held-back pictures and triggered ones
+def held_back(config: PruneConfig = ALWAYS) -> Tensor:
+    """Which pictures the run holds back: the split is by label and seed alone."""
+    data = quadrants()
+    generator = torch.Generator().manual_seed(0)
+    held = DefenceSet(torch.arange(120.0)[:, None], data.labels).split(config.held_back, generator)[1]
+    return held.images[:, 0].long()
+
+
+def test_metrics_are_of_held_back_pictures_alone(model: nn.Module) -> None:
+    images, labels = batch()
+    held = held_back()
+    images[held] = images[held].flip(0)  # the wrong pictures for their labels
+    result = run(model, [(images, labels)])
+    assert result.metrics["held_back"] == len(held) == 24
+    for network, name in ((model, "before"), (result.model, "after")):
+        assert network is not None
+        right = network(images).argmax(1) == labels
+        assert result.metrics[f"clean_accuracy_{name}"] == pytest.approx(float(right[held].float().mean()))
+    assert result.metrics["clean_accuracy_before"] < 0.5
+    assert "asr_before" not in result.metrics
+
+
+def test_nothing_is_learned_from_held_back_pictures(model: nn.Module, usual: PruneResult) -> None:
+    images, labels = batch()
+    images[held_back()] = 7.0
+    other = run(model, [(images, labels)])
+    assert equal(other.masks, usual.masks)
+    images, labels = batch()
+    images[~torch.isin(torch.arange(120), held_back())] *= 1.01
+    assert not equal(run(model, [(images, labels)]).masks, usual.masks)
+
+
+def test_triggered_pictures_are_only_measured(model: nn.Module, usual: PruneResult) -> None:
+    images, _ = batch()
+    images[..., 5, 5] = 3.0
+    triggered = DataLoader(TensorDataset(images, torch.full((120,), 2)), batch_size=33, shuffle=True)
+    result = run(model, triggered_loader=triggered)
+    assert same(result, usual)
+    for network, name in ((model, "before"), (result.model, "after")):
+        assert network is not None
+        asr = float((network(images).argmax(1) == 2).float().mean())
+        assert result.metrics[f"asr_{name}"] == pytest.approx(asr)
+    metrics = result.metrics
+    drops = (metrics[f"{name}_before"] - metrics[f"{name}_after"] for name in ("asr", "clean_accuracy"))
+    asr_drop, accuracy_drop = (max(0.0, drop) for drop in drops)
+    assert metrics["der"] == pytest.approx((asr_drop - accuracy_drop + 1) / 2)
+    assert {name: metrics[name] for name in usual.metrics} == usual.metrics
+
+
+def test_bad_triggered_pictures(model: nn.Module) -> None:
+    images, labels = batch()
+    for given, match in (([], "triggered_loader is empty"), ([(images, labels + 4)], "labels go up to 7")):
+        before = snapshot(model)
+        with pytest.raises(DataError, match=match):
+            run(model, triggered_loader=given)
+        assert snapshot(model) == before
+
+
+# ---------------------------------------------------------------- seeds and random states
+def test_seeds(model: nn.Module, usual: PruneResult) -> None:
+    assert same(run(model, seed=0), usual)
+    other = run(model, seed=1)
+    assert not equal(other.masks, usual.masks)
+    assert not equal(state(other), state(usual))
+
+
+def test_random_states_are_left_alone(model: nn.Module, usual: PruneResult) -> None:
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    torch.manual_seed(5)
+    data = quadrants()
+    shuffled = DataLoader(TensorDataset(data.images, data.labels), batch_size=50, shuffle=True)
+    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+    result = run(model, shuffled)
+    after = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+    assert after == states
+    torch.manual_seed(6)
+    assert same(run(model, shuffled), result)  # whatever the state outside was
+    assert same(run(model), usual)
+
+
+def test_global_switches_are_left_alone(model: nn.Module, usual: PruneResult) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.no_grad():
+            result = run(model)
+            assert not torch.is_grad_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(result, usual)
+
+
+# ---------------------------------------------------------------- what may be passed
+class Wrapped(nn.Module):
+    """The logits under a name, as the libraries of pretrained models give them."""
+
+    def __init__(self, net: nn.Module, mapping: bool) -> None:
+        super().__init__()
+        self.net, self.mapping = net, mapping
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.net(x)
+        return {"logits": logits, "loss": None} if self.mapping else SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("mapping", [False, True])
+def test_outputs_with_logits(model: nn.Module, usual: PruneResult, mapping: bool) -> None:
+    wrapped = Wrapped(model, mapping)
+    before = snapshot(wrapped)
+    result = run(wrapped)
+    assert snapshot(wrapped) == before
+    assert type(result.model) is Wrapped
+    assert list(result.masks) == [f"net.{name}" for name in usual.masks]
+    assert same(result, usual)
+
+
+def test_loaders_of_mappings_and_lists(model: nn.Module, usual: PruneResult) -> None:
+    images, labels = batch()
+    parts = list(zip(images.split(50), labels.split(50), strict=True))
+    assert same(run(model, [{"pixel_values": x, "labels": y} for x, y in parts]), usual)
+    assert same(run(model, [[x, y.int()] for x, y in parts]), usual)
+    assert same(run(model, [(images, labels)]), usual)
+
+
+def test_training_mode_makes_no_difference(model: nn.Module, usual: PruneResult) -> None:
+    model.train()
+    model[4].eval()
+    before = snapshot(model)
+    result = run(model)
+    assert snapshot(model) == before
+    assert same(result, usual)
+    assert result.model is not None
+    assert not result.model.training
+
+
+def test_dropout_makes_no_difference(model: nn.Module, usual: PruneResult) -> None:
+    model[8] = nn.Dropout(0.9)
+    model.train()
+    assert same(run(model), usual)
+
+
+def test_frozen_model(model: nn.Module, usual: PruneResult) -> None:
+    model.requires_grad_(False)
+    before = snapshot(model)
+    result = run(model)
+    assert snapshot(model) == before
+    assert same(result, usual)
+    assert result.model is not None
+    assert not any(p.requires_grad for p in result.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(model: nn.Module, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    images, labels = batch()
+    before = snapshot(model)
+    result = run(model, [(images.to(dtype), labels)])
+    assert snapshot(model) == before
+    assert result.model is not None
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+    assert result.model(images.to(dtype)).dtype == dtype
+    assert result.metrics["clean_accuracy_after"] > 0.5
+    none = run(model, [(images.to(dtype), labels)], replace(SHORT, mask_steps=1, mask_rate=1e-9, penalty=0))
+    assert equal(state(none), dict(model.state_dict()))
+
+
+class Transformer(nn.Module):
+    """Nine patches, one encoder layer, no BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 16, 2, stride=2)
+        self.places = nn.Parameter(0.1 * torch.randn(9, 16))
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.patches(x).flatten(2).transpose(1, 2) + self.places).mean(1))
+
+
+def test_transformer_without_batch_norm() -> None:
+    torch.manual_seed(0)
+    model = taught(Transformer())
+    model.train()
+    before = snapshot(model)
+    result = run(model)
+    assert snapshot(model) == before
+    assert sorted(len(mask) for mask in result.masks.values()) == [4, 16, 32]
+    assert state(result).keys() == model.state_dict().keys()
+    assert same(run(model), result)
+    assert result.metrics["clean_accuracy_before"] > 0.9
+    assert result.metrics["clean_accuracy_after"] > 0.5
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_few_classes_with_the_defaults(classes: int, seed: int) -> None:
+    """Whatever is found: a network of two classes must not fail in suppression, where chance is one half."""
+    torch.manual_seed(seed)
+    model = small()
+    model[9] = nn.Linear(32, classes)
+    data = quadrants(200, seed=1)
+    labels = data.labels % classes
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        index = torch.randperm(200)[:40]
+        loss = F.cross_entropy(model(data.images[index]), labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    fresh = quadrants(200)
+    result = run(model, [(fresh.images, fresh.labels % classes)], PruneConfig(), seed=seed)
+    assert result.metrics["clean_accuracy_after"] > 0.9
+
+
+# ---------------------------------------------------------------- errors and interrupts in the middle
+class Interrupted(nn.Sequential):
+    """Ctrl-C in the n-th forward, counted over all copies."""
+
+    calls = 0
+    last: int | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        Interrupted.calls += 1
+        if Interrupted.calls == Interrupted.last:
+            raise KeyboardInterrupt
+        return super().forward(input)
+
+
+def test_interrupts(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted = Interrupted(*model.children()).train()
+    before = snapshot(interrupted)
+    monkeypatch.setattr(Interrupted, "calls", 0)
+    run(interrupted)
+    total = Interrupted.calls
+    assert total > 50
+    monkeypatch.setattr(Interrupted, "last", None)
+    for last in {1, 2, 3, 4, 6, *range(10, total, 9), total - 1, total}:
+        Interrupted.calls, Interrupted.last = 0, last
+        with pytest.raises(KeyboardInterrupt):
+            run(interrupted)
+        assert snapshot(interrupted) == before
+        assert all(p.grad is None for p in interrupted.parameters())
+
+
+@pytest.mark.parametrize("stage", ["suppress_", "learn_masks", "select", "finetune_", "predict", "magnitude"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_failing_stages(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, stage: str, error: type[BaseException]
+) -> None:
+    def fails(*args: Any) -> None:
+        raise error("in the middle")
+
+    hook = model[0].register_forward_hook(lambda module, args, output: None)
+    model.train()
+    before = snapshot(model)
+    monkeypatch.setattr(sys.modules["mnp_fast.prune"], stage, fails)  # the package has a function of that name
+    with pytest.raises(error):
+        run(model)
+    assert snapshot(model) == before
+    hook.remove()
+
+
+def test_hooks_stay_and_run(model: nn.Module, usual: PruneResult) -> None:
+    seen: list[int] = []
+    model[4].register_forward_hook(lambda module, args, output: seen.append(1))
+    before = snapshot(model)
+    result = run(model)
+    assert snapshot(model) == before
+    assert seen
+    assert same(result, usual)
+
+
+def test_a_loader_that_is_interrupted(model: nn.Module) -> None:
+    class Loader:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            yield batch()
+            raise KeyboardInterrupt
+
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, Loader())
+    assert snapshot(model) == before
+
+
+def test_rates_that_are_too_high_never_give_broken_weights(model: nn.Module) -> None:
+    for name, rate in itertools.product(("finetune_rate", "mask_rate", "suppression_rate"), (0.3, 1.0)):
+        try:
+            result = run(model, config=replace(ALWAYS, **{name: rate}))
+        except ModelError:
+            continue
+        assert all(bool(tensor.isfinite().all()) for tensor in state(result).values())
+        assert all(bool(mask.isfinite().all()) for mask in result.masks.values())
+
+
+# ---------------------------------------------------------------- bad input
+def images_with(value: float) -> Any:
+    images, labels = batch()
+    images[70, 0, 2, 2] = value
+    return [(images, labels)]
+
+
+def relabelled(change: Callable[[Tensor], Any]) -> Any:
+    images, labels = batch()
+    return [(images, change(labels))]
+
+
+def reshaped(change: Callable[[Tensor], Tensor]) -> Any:
+    images, labels = batch()
+    return [(change(images), labels)]
+
+
+BAD_LOADERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "empty": (list, "is empty"),
+    "empty DataLoader": (lambda: DataLoader(TensorDataset(torch.zeros(0, 1, 6, 6), torch.zeros(0).long())), "is empty"),
+    "generator": (lambda: (part for part in [batch()]), "one-pass"),
+    "iterator": (lambda: iter(loader()), "one-pass"),
+    "zip": (lambda: zip(*([part] for part in batch()), strict=True), "one-pass"),
+    "nothing to iterate": (lambda: 5, "cannot be iterated"),
+    "few pictures": (lambda: [tuple(part[:5] for part in batch())], "only 5 pictures"),
+    "labels too high": (lambda: relabelled(lambda y: y + 1), "labels go up to 4, but the model has 4 classes"),
+    "negative label": (lambda: relabelled(lambda y: y - 1), "labels .* go down to -1"),
+    "float labels": (lambda: relabelled(lambda y: y.float()), "labels .* are torch.float32"),
+    "one-hot labels": (lambda: relabelled(lambda y: F.one_hot(y)), r"labels .* have shape \(120, 4\)"),
+    "labels missing": (lambda: relabelled(lambda y: y[:-1]), "120 images but 119 labels"),
+    "one class": (lambda: relabelled(torch.zeros_like), "all pictures .* have label 0"),
+    "channels": (lambda: reshaped(lambda x: x.expand(-1, 3, -1, -1)), r"cannot take .* shape \(3, 6, 6\)"),
+    "flat": (lambda: reshaped(lambda x: x.flatten(1)), r"cannot take .* shape \(36,\)"),
+    "two shapes": (lambda: [batch(), (torch.zeros(4, 1, 7, 7), torch.arange(4))], r"shape \(1, 7, 7\)"),
+    "bytes": (lambda: reshaped(lambda x: x.byte()), "torch.uint8; scale and normalise"),
+    "NaN": (lambda: images_with(math.nan), "image 70 .* has NaN or Inf"),
+    "Inf": (lambda: images_with(math.inf), "image 70 .* has NaN or Inf"),
+    "three parts": (lambda: [(*batch(), 1)], "not a pair"),
+    "other keys": (lambda: [dict(zip(("x", "y"), batch(), strict=True))], "keys x, y"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LOADERS)
+@pytest.mark.parametrize("call", [mnp_fast.prune, mnp_fast.scan])
+def test_bad_loaders(model: nn.Module, name: str, call: Callable[..., Any]) -> None:
+    make, match = BAD_LOADERS[name]
+    model.train()
+    bad = make()
+    before = snapshot(model)
+    with pytest.raises(DataError, match=match) as caught:
+        call(model, bad, SHORT, progress=False)
+    assert isinstance(caught.value, MnpFastError)
+    assert isinstance(caught.value, ValueError)
+    assert snapshot(model) == before
+
+
+def broken(name: str, value: float) -> Callable[[nn.Module], nn.Module]:
+    def change(model: nn.Module) -> nn.Module:
+        model.state_dict()[name].flatten()[3] = value
+        return model
+
+    return change
+
+
+def ending(*layers: nn.Module) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: nn.Sequential(*model.children(), *layers)
+
+
+BAD_MODELS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
+    "NaN in a weight": (broken("3.weight", math.nan), "parameter 3.weight has NaN or Inf"),
+    "Inf in a weight": (broken("9.weight", -math.inf), "parameter 9.weight has NaN or Inf"),
+    "NaN in a buffer": (broken("4.running_var", math.nan), "buffer 4.running_var has NaN or Inf"),
+    "no site": (lambda model: nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), "nothing to prune"),
+    "no weights": (lambda model: nn.Sequential(nn.AvgPool2d(3), nn.Flatten()), "nothing to prune|no (weights|param)"),
+    "one output": (ending(nn.Linear(4, 1)), "at least two classes"),
+    "probabilities": (ending(nn.Softmax(1)), "probabilities, not logits"),
+    "a map": (lambda model: nn.Sequential(*list(model.children())[:6]), "not .batch, classes. of logits"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models(model: nn.Module, name: str) -> None:
+    make, match = BAD_MODELS[name]
+    bad = make(model).train()
+    before = snapshot(bad)
+    with pytest.raises(ModelError, match=match) as caught:
+        run(bad)
+    assert isinstance(caught.value, MnpFastError)
+    assert isinstance(caught.value, ValueError)
+    assert snapshot(bad) == before
+
+
+def test_what_is_no_model() -> None:
+    for bad in (None, "resnet18", small, {"state_dict": {}}):
+        with pytest.raises(ModelError, match=r"not a torch\.nn\.Module"):
+            run(bad)  # type: ignore[arg-type]
+
+
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "device name": ({"device": "nonsense"}, "device 'nonsense' cannot be used"),
+    "device that is not there": ({"device": "cuda:77"}, "device 'cuda:77' cannot be used"),
+    "device without values": ({"device": "meta"}, "device 'meta' cannot be used"),
+    "device of a wrong type": ({"device": 3.5}, "device 3.5 cannot be used"),
+    "negative seed": ({"seed": -1}, "seed is -1"),
+    "bool seed": ({"seed": True}, "seed is True"),
+    "float seed": ({"seed": 1.5}, "seed is 1.5"),
+    "text seed": ({"seed": "0"}, "seed is '0'"),
+    "no seed": ({"seed": None}, "seed is None"),
+    "seed too large": ({"seed": 2**80}, f"seed is {2**80}"),
+    "config as a dict": ({"config": {"alpha": 0.5}}, "config is a dict"),
+    "empty dict": ({"config": {}}, "config is a dict"),
+    "config as a class": ({"config": PruneConfig}, "config is a type"),
+    "config as a number": ({"config": 0}, "config is a int"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options(model: nn.Module, name: str) -> None:
+    options, match = BAD_OPTIONS[name]
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=match) as caught:
+        mnp_fast.prune(model, loader(), **{"config": ALWAYS, "progress": False} | options)
+    assert isinstance(caught.value, MnpFastError)
+    assert isinstance(caught.value, ValueError)
+    assert snapshot(model) == before
+
+
+def test_messages_of_bad_input_differ() -> None:
+    """Each cause has its own words."""
+    tables = (BAD_LOADERS, BAD_MODELS, BAD_OPTIONS)
+    matches = {name: match for table in tables for name, (_, match) in table.items()}  # type: ignore[attr-defined]
+    shared = {"empty DataLoader", "iterator", "zip", "Inf", "empty dict"}
+    own = [match for name, match in matches.items() if name not in shared]
+    assert len(set(own)) == len(own)
+
+
+# ---------------------------------------------------------------- a backdoor from end to end
+@pytest.fixture(scope="module")
+def data() -> digits.Digits:
+    return digits.load(0)
+
+
+@pytest.fixture(scope="module")
+def backdoored(data: digits.Digits) -> nn.Module:
+    model = digits.train(data, backdoored=True)
+    assert digits.attack_success(model, data) > 0.9
+    assert digits.accuracy(model, *data.test) > 0.95
+    return model
+
+
+@pytest.fixture(scope="module")
+def repaired(data: digits.Digits, backdoored: nn.Module) -> PruneResult:
+    before = snapshot(backdoored)
+    result = mnp_fast.prune(backdoored, data.loader(), triggered_loader=data.triggered(), progress=False)
+    assert snapshot(backdoored) == before
+    return result
+
+
+def test_the_backdoor_of_the_digits_is_gone(data: digits.Digits, backdoored: nn.Module, repaired: PruneResult) -> None:
+    assert repaired.model is not None
+    assert digits.attack_success(repaired.model, data) < 0.2
+    assert digits.accuracy(repaired.model, *data.test) > digits.accuracy(backdoored, *data.test) - 0.03
+    assert repaired.metrics["asr_before"] == pytest.approx(digits.attack_success(backdoored, data))
+    assert repaired.metrics["asr_after"] == pytest.approx(digits.attack_success(repaired.model, data))
+    assert repaired.metrics["der"] > 0.85
+
+
+def test_most_of_the_digits_network_stays(repaired: PruneResult) -> None:
+    assert 0 < sum(map(len, repaired.pruned.values())) < 96
+    assert {name: len(mask) for name, mask in repaired.masks.items()} == {
+        f"norms.{i}": width for i, width in enumerate((32, 32, 64, 64))
+    }
+
+
+def test_the_same_seed_repairs_the_digits_bit_for_bit(
+    data: digits.Digits, backdoored: nn.Module, repaired: PruneResult
+) -> None:
+    again = mnp_fast.prune(backdoored, data.loader(), progress=False)
+    assert same(again, repaired)
+    assert again.pruned == repaired.pruned
+
+
+def test_collect_is_what_a_run_reads(data: digits.Digits) -> None:
+    """The pictures of the loader, all of them."""
+    images, labels = data.defence
+    assert torch.equal(collect(data.loader()).images, images)
+    assert torch.equal(collect(data.loader()).labels, labels)
+
+
+def test_a_clean_twin_keeps_its_accuracy(data: digits.Digits) -> None:
+    twin = digits.train(data, backdoored=False)
+    result = mnp_fast.prune(twin, data.loader(), progress=False)
+    assert result.model is not None
+    assert digits.accuracy(result.model, *data.test) > digits.accuracy(twin, *data.test) - 0.03
+    assert result.verdict != "evidence of a backdoor"
