@@ -38,10 +38,10 @@ class PruneConfig:
     mask_steps: int = 80
     """Steps of the masks. Measured: 80, which is 20 passes over 500 pictures."""
 
-    accuracy_budget: float = 0.05
-    """Held-back accuracy that pruning may cost before fine-tuning where a target is suspected, in [0, 1]. Measured."""
-    accuracy_limit: float = 0.2
-    """What it may cost where only that makes the suppressed model let go of the suspected class. Measured."""
+    threshold: float = 0.1
+    """Masks up to this are low, in [0, 1): candidates for pruning before any other. Measured."""
+    accuracy_limit: float = 0.15
+    """Accuracy that pruning may cost before fine-tuning where a target is suspected, in [0, 1]. Measured."""
     release_share: float = 0.25
     """The suppressed model has let go of a class when it puts at most this share of clean pictures there. Measured."""
 
@@ -84,7 +84,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "alpha": (0, 1),
     "mask_rate": (_TINY, math.inf),
     "mask_steps": (1, math.inf),
-    "accuracy_budget": (0, 1),
+    "threshold": (0, 0.99),
     "accuracy_limit": (0, 1),
     "release_share": (0, 1),
     "finetune_rate": (_TINY, 1.0),

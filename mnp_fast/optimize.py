@@ -92,11 +92,10 @@ def learn_masks(
 
     magnitude: (neurons,) float32. Returns (masks, order, trace): the masks, (neurons,) float32, all starting from one;
     the order in which neurons are to be pruned, (neurons,) int64, by mask and, among equal masks such as the many that
-    end at 0, by how early they fell.
+    end at 0, by how hard the loss presses them down (the momentum, an average of the gradient).
     """
     mask = torch.ones_like(magnitude, requires_grad=True)
     momentum = torch.zeros_like(magnitude)
-    area = torch.zeros_like(magnitude)
     pull = penalty_gradient(magnitude, config.penalty)
     trace = Trace()
     progress.stage("masks", config.mask_steps)
@@ -110,13 +109,12 @@ def learn_masks(
             with torch.no_grad():
                 momentum.mul_(_MOMENTUM).add_(gradient).add_(pull)
                 mask.sub_(config.mask_rate * momentum).clamp_(0.0, 1.0)
-                area.add_(mask)
             trace.loss.append(float(loss.detach()))
             trace.accuracy.append(_accuracy(logits, labels))
             progress.update(1, loss=trace.loss[-1], accuracy=trace.accuracy[-1])
-    early = area.argsort(stable=True)
     masks = mask.detach()
-    return masks, early[masks[early].argsort(stable=True)], trace
+    pressed = momentum.argsort(descending=True, stable=True)
+    return masks, pressed[masks[pressed].argsort(stable=True)], trace
 
 
 def finetune_(

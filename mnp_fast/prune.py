@@ -156,8 +156,8 @@ class _Run:
                 entry |= self.held_back_metrics(self.plain)
             entry |= {
                 "pruned": int((~chosen.keep).sum()),
-                "within_budget": chosen.within_budget,
-                "within_limit": chosen.within_limit,
+                "low": chosen.low,
+                "affordable": chosen.affordable,
                 "released": chosen.released,
             }
         return chosen

@@ -19,16 +19,17 @@ from mnp_fast.sites import Site
 
 @dataclass(frozen=True)
 class Selection:
-    """keep: (neurons,) bool. threshold: t, masks <= t are pruned, -1 where none is.
+    """keep: (neurons,) bool. threshold: t, the highest mask that is pruned, -1 where none is.
 
-    Counts along the order: ``within_budget`` and ``within_limit``, neurons that accuracy allows; ``released``, neurons
-    after which the suppressed model has let go of the suspected class (None: not looked for, or never).
+    Counts along the order: ``low``, masks at or below the configured threshold; ``affordable``, neurons that accuracy
+    allows; ``released``, neurons after which the suppressed model has let go of the suspected class (None: not looked
+    for, or not within what is affordable).
     """
 
     keep: Tensor
     threshold: float
-    within_budget: int
-    within_limit: int
+    low: int
+    affordable: int
     released: int | None
 
 
@@ -45,10 +46,11 @@ def select(
 ) -> Selection:
     """The prune set, along ``order`` as `learn_masks` gives it: nested sets, searched by bisection.
 
-    Without a suspected target only what costs no held-back accuracy is pruned. With one, pruning goes on to the
-    accuracy budget, and past it, up to the accuracy limit, where that makes the suppressed model let go of the
-    suspected class: the pull of the backdoor is then gone, and fine-tuning brings the accuracy back. Accuracy is
-    compared by the paired drop less one standard error, since a hundred held-back pictures are few.
+    Low masks are pruned. Without a suspected target they are only while that costs no held-back accuracy. With one,
+    pruning goes on, where needed, until the suppressed model lets go of the suspected class, since the pull of the
+    backdoor is then gone; an accuracy limit bounds both, and fine-tuning brings the accuracy back. The limit holds for
+    the held-back pictures and for all pictures, by the paired drop less one standard error, since a hundred held-back
+    pictures alone are few: they let a drop of 9 points pass for 4 (docs/decisions.md).
     """
     candidates = int((mask < 1).sum())
 
@@ -59,28 +61,33 @@ def select(
             # One size of batch for learning and selecting: batch statistics depend on it.
             return predict(network, data, config.batch_size, mask.device)
 
-    right = logits(model, held, 0, False).argmax(1) == held.labels
+    def right(count: int) -> tuple[Tensor, Tensor]:
+        on_held, on_learning = (logits(model, data, count, False).argmax(1) == data.labels for data in (held, learning))
+        return on_held, torch.cat([on_held, on_learning])
 
-    def dearer(budget: float, count: int) -> bool:
-        drop, error = paired_drop(right, logits(model, held, count, False).argmax(1) == held.labels)
-        return drop - error > budget
+    unpruned = right(0)
+
+    def dearer(limit: float, count: int) -> bool:
+        drops = [paired_drop(was, now) for was, now in zip(unpruned, right(count), strict=True)]
+        return any(drop - error > limit for drop, error in drops)
 
     def let_go(count: int) -> bool:
         predicted = logits(suppressed, learning, count, True).argmax(1)
         return float(predicted.eq(suspected_target or 0).float().mean()) <= config.release_share
 
-    budget = config.accuracy_budget if suspected_target is not None else 0.0
-    within_budget = within_limit = _first(partial(dearer, budget), candidates) - 1
+    low = int((mask <= config.threshold).sum())
     released = None
-    if suspected_target is not None:
-        within_limit = max(within_budget, _first(partial(dearer, config.accuracy_limit), candidates) - 1)
-        first = _first(let_go, within_limit)
-        released = first if first <= within_limit else None
-    count = max(within_budget, released or 0, 0)
+    if suspected_target is None:
+        affordable = max(_first(partial(dearer, 0.0), low) - 1, 0)
+    else:
+        affordable = max(_first(partial(dearer, config.accuracy_limit), candidates) - 1, 0)
+        first = _first(let_go, affordable)
+        released = first if first <= affordable else None
+    count = min(max(low, released or 0), affordable)
     keep = torch.ones_like(mask, dtype=torch.bool)
     keep[order[:count]] = False
     threshold = float(mask[order[count - 1]]) if count else -1.0
-    return Selection(keep, threshold, max(within_budget, 0), max(within_limit, 0), released)
+    return Selection(keep, threshold, low, affordable, released)
 
 
 def paired_drop(before: Tensor, after: Tensor) -> tuple[float, float]:

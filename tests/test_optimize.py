@@ -291,6 +291,20 @@ def test_without_anything_that_pulls_masks_stay_at_one(known: nn.Module) -> None
     assert bool((masks == 1).all())
 
 
+def test_the_suppressed_model_runs_on_batch_statistics_and_the_model_on_its_own(known: nn.Module) -> None:
+    data = quadrants()
+    config = PruneConfig(batch_size=40, mask_steps=5, mask_rate=0.1)
+    sites = find_sites(known, data.images[:2])
+    found = []
+    for shifted in (None, 0, 1):
+        pair = copy.deepcopy(known), copy.deepcopy(known)
+        if shifted is not None:
+            pair[shifted][1].running_mean += 3.0
+        found.append(learn_masks(*pair, sites, torch.ones(16), data, config, seeded(), QUIET)[0])
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 # ---------------------------------------------------------------- fine-tuning
 def pruned(model: nn.Module, data: DefenceSet):  # type: ignore[no-untyped-def]
     """(pruned copy, sites, keep): four neurons of each site are gone, and the head is shaken."""

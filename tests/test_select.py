@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet
 from mnp_fast.masked import prune_
-from mnp_fast.select import _first, paired_drop, select
+from mnp_fast.select import Selection, _first, paired_drop, select
 from mnp_fast.sites import find_sites
 
 CONFIG = PruneConfig(batch_size=40)
@@ -69,25 +69,41 @@ def test_the_error_is_that_of_the_mean_of_differences() -> None:
 
 # ---------------------------------------------------------------- selection
 class Case:
-    """A network that knows the quadrants, and a copy of it that puts most pictures into class 2."""
+    """A network that knows the quadrants, and a copy of it in which neurons 1 and 5 of the second site shout class 2.
+
+    Masks are drawn with ``seed``, four of them one; held-back pictures are noisy.
+    """
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(0)
         self.model = taught(small())
-        self.suppressed = copy.deepcopy(self.model)
         with torch.no_grad():
-            self.suppressed[9].weight[2, :16] += 2.0  # four neurons of the second site shout class 2
-        self.learning, self.held = quadrants(120, 2), quadrants(80, 3)
-        self.sites = find_sites(self.model, self.held.images[:2])
+            for neuron in (1, 5):
+                self.model[4].weight[neuron] = 1.0
+                self.model[4].bias[neuron] = 0.0
+                self.model[9].weight[:, 4 * neuron : 4 * neuron + 4] = 0.0
+            self.suppressed = copy.deepcopy(self.model)
+            for neuron in (1, 5):
+                self.suppressed[9].weight[2, 4 * neuron : 4 * neuron + 4] = 20.0
         generator = torch.Generator().manual_seed(seed)
-        self.mask = torch.rand(16, generator=generator)
+        held = quadrants(80, 3)
+        self.learning = quadrants(120, 2)
+        self.held = DefenceSet(held.images + 0.8 * torch.randn(80, 1, 6, 6, generator=generator), held.labels)
+        self.sites = find_sites(self.model, self.held.images[:2])
+        self.mask = 0.01 + 0.9 * torch.rand(16, generator=generator)
         self.mask[torch.randperm(16, generator=generator)[:4]] = 1.0
-        self.order = self.mask.argsort(stable=True)
 
-    def select(self, target: int | None, config: PruneConfig = CONFIG, mask: Tensor | None = None):  # type: ignore[no-untyped-def]
+    @property
+    def order(self) -> Tensor:
+        return self.mask.argsort(stable=True)
+
+    def select(self, target: int | None, **options: float) -> Selection:
         networks = self.model, self.suppressed
-        mask = self.mask if mask is None else mask
-        return select(mask, self.order, *networks, self.sites, self.learning, self.held, target, config)
+        config = replace(CONFIG, **options)
+        before = [snapshot(network) for network in networks]
+        chosen = select(self.mask, self.order, *networks, self.sites, self.learning, self.held, target, config)
+        assert [snapshot(network) for network in networks] == before
+        return chosen
 
     def predictions(self, network: nn.Module, data: DefenceSet, count: int, batch_statistics: bool) -> Tensor:
         """By a plain pruned copy, in training mode for batch statistics."""
@@ -109,68 +125,65 @@ class Case:
         return float((self.predictions(self.suppressed, self.learning, count, True) == target).float().mean())
 
 
-def is_last(within: int, last: int, affordable: list[bool]) -> bool:
-    """Whether a search could end at ``within``: it can be paid for, the count after it cannot."""
-    return affordable[within] and (within == last or not affordable[within + 1])
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("target", [None, 2])
-def test_select_against_pruned_copies(seed: int, target: int | None) -> None:
-    case, last = Case(seed), 12
-    config = replace(CONFIG, accuracy_budget=0.05, accuracy_limit=0.4, release_share=0.3)
-    networks = case.model, case.suppressed
-    before = [snapshot(network) for network in networks]
-    chosen = case.select(target, config)
-    assert [snapshot(network) for network in networks] == before
-    costs = [case.cost(count) for count in range(last + 1)]
-    budget = 0.05 if target is not None else 0.0
-    assert is_last(chosen.within_budget, last, [cost <= budget for cost in costs])
-    count = chosen.within_budget
-    if target is None:
-        assert chosen.released is None
-    else:
-        released = [case.share(count, target) <= 0.3 for count in range(last + 1)]
-        assert chosen.within_limit >= chosen.within_budget
-        assert costs[chosen.within_limit] <= 0.4
-        if chosen.released is None:
-            assert not released[chosen.within_limit]
-        else:
-            assert released[chosen.released]
-            assert chosen.released == 0 or not released[chosen.released - 1]
-            count = max(count, chosen.released)
-    # Nested: the first neurons of the order are gone and no others, and the threshold says the same.
+def check(case: Case, chosen: Selection) -> int:
+    """How many are pruned: the first of the order and no others, and the threshold says the same."""
+    count = int((~chosen.keep).sum())
     assert chosen.keep.dtype == torch.bool
     assert sorted(case.order[:count].tolist()) == (~chosen.keep).nonzero().flatten().tolist()
     if count:
         assert chosen.threshold == float(case.mask[~chosen.keep].max())
         assert bool((case.mask[chosen.keep] >= chosen.threshold).all())
+        assert chosen.threshold < 1
     else:
         assert chosen.threshold == -1
+    return count
 
 
-def test_the_budget_binds() -> None:
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("limit", [0.0, 0.03, 0.1, 0.4])
+def test_accuracy_sets_the_limit(seed: int, limit: float) -> None:
+    case = Case(seed)
+    chosen = case.select(2, accuracy_limit=limit, release_share=0)
+    last = chosen.affordable
+    assert check(case, chosen) <= last <= 12
+    assert case.cost(last) <= limit
+    assert last == 12 or case.cost(last + 1) > limit
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_a_suspect_nothing_is_pruned_that_costs_accuracy(seed: int) -> None:
+    case = Case(seed)
+    case.mask[case.order[:6]] = 0
+    count = check(case, case.select(None))
+    assert count <= 6
+    assert case.cost(count) <= 0
+    assert count == 6 or case.cost(count + 1) > 0
+
+
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_pruning_goes_on_until_the_class_is_let_go(place: int) -> None:
     case = Case(0)
-    wide, narrow = (
-        case.select(2, replace(CONFIG, accuracy_budget=budget, accuracy_limit=budget, release_share=0))
-        for budget in (1.0, 0.0)
-    )
-    assert int((~wide.keep).sum()) == 12  # everything below one
-    assert 0 <= int((~narrow.keep).sum()) < 12
-    assert case.cost(int((~narrow.keep).sum())) <= 0
-    assert not bool((wide.keep & ~narrow.keep).any())
+    case.mask = torch.linspace(0.8, 0.95, 16)
+    case.mask[9] = 0.7
+    case.mask[13] = case.mask[:place].max() + 0.001 if place else 0.75
+    count = check(case, case.select(2, accuracy_limit=1, release_share=0.5))
+    assert count == place + 2
+    assert case.share(count, 2) <= 0.5 < case.share(count - 1, 2)
+    # No further than accuracy allows, and not for a class that nothing pulls to.
+    assert check(case, case.select(2, accuracy_limit=0, release_share=0)) <= 16
+    assert check(case, case.select(0, accuracy_limit=1, release_share=0.5)) == 0
 
 
 @pytest.mark.parametrize("target", [None, 2])
 def test_without_candidates_nothing_is_pruned(target: int | None) -> None:
-    chosen = Case(0).select(target, mask=torch.ones(16))
-    assert bool(chosen.keep.all())
-    assert chosen.threshold == -1
+    case = Case(0)
+    case.mask = torch.ones(16)
+    assert check(case, case.select(target, accuracy_limit=1, release_share=0)) == 0
 
 
 @pytest.mark.parametrize("target", [None, 2])
 def test_a_mask_of_one_is_never_pruned(target: int | None) -> None:
     case = Case(1)
-    chosen = case.select(target, replace(CONFIG, accuracy_budget=1, accuracy_limit=1))
-    assert bool(chosen.keep[case.mask == 1].all())
-    assert chosen.threshold < 1
+    case.mask = torch.ones(16)
+    case.mask[[3, 9]] = 0.0
+    assert bool(case.select(target, accuracy_limit=1, release_share=0).keep[case.mask == 1].all())
