@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, fields
 
 from mnp_fast.errors import ConfigError
@@ -38,11 +39,15 @@ class PruneConfig:
     mask_steps: int = 80
     """Steps of the masks. Measured: 80, which is 20 passes over 500 pictures."""
 
-    threshold: float = 0.1
+    threshold: float = 0.05
     """Masks up to this are low, in [0, 1): candidates for pruning before any other. Measured."""
     accuracy_limit: float = 0.15
     """Accuracy that pruning may cost before fine-tuning where a target is suspected, in [0, 1]. Measured."""
-    release_share: float = 0.25
+    accuracy_budget: float = 0.05
+    """What it may cost where the suppressed model does not let go of that class before the limit, in [0, 1]. Measured."""
+    unsuspected_limit: float = 0.02
+    """The same where none is: what is pruned then is a precaution, in [0, 1]. Measured."""
+    release_share: float = 0.2
     """The suppressed model has let go of a class when it puts at most this share of clean pictures there. Measured."""
 
     finetune_epochs: int = 10
@@ -65,7 +70,7 @@ class PruneConfig:
                 kind = "a whole number" if whole else "a number"
                 raise ConfigError(f"{field.name} is {value!r}, a {type(value).__name__}; give {kind}")
             low, high = _RANGES.get(field.name, (0, math.inf))
-            if not (low <= value <= high and math.isfinite(value)):
+            if not (low <= value <= high) or value == math.inf or value > sys.maxsize:
                 raise ConfigError(f"{field.name} is {value}; it must lie between {low:g} and {high:g}")
         if self.suspicion_share > self.evidence_share:
             raise ConfigError(
@@ -86,6 +91,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "mask_steps": (1, math.inf),
     "threshold": (0, 0.99),
     "accuracy_limit": (0, 1),
+    "accuracy_budget": (0, 1),
+    "unsuspected_limit": (0, 1),
     "release_share": (0, 1),
     "finetune_rate": (_TINY, 1.0),
     "distillation": (0, 1),

@@ -34,6 +34,10 @@ class DefenceSet:
     def __len__(self) -> int:
         return int(self.labels.shape[0])
 
+    def in_float32(self) -> DefenceSet:
+        """The same with images in float32."""
+        return DefenceSet(self.images.to(torch.float32), self.labels)
+
     def subset(self, index: Tensor | Sequence[int]) -> DefenceSet:
         """The pictures at `index` (integers or a mask of n booleans), in that order, copied."""
         where = torch.as_tensor(index)
@@ -157,7 +161,7 @@ def check_model(model: nn.Module, data: DefenceSet) -> int:
         raise ModelError(f"the model is a {type(model).__name__}, not a torch.nn.Module; give the network itself")
     _check_weights(model)
     images = data.images[:8]
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    own = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
     try:
         trial = copy.deepcopy(model).eval()
     except Exception as error:
@@ -166,7 +170,7 @@ def check_model(model: nn.Module, data: DefenceSet) -> int:
         ) from error
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            output = trial(images.to(device))
+            output = trial(images.to(own.device, own.dtype))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -14,16 +14,20 @@ from mnp_fast.config import PruneConfig
 EVIDENCE = "evidence of a backdoor"
 SUSPICIOUS = "suspicious"
 NONE_FOUND = "no evidence found"
+FEWEST_CLASSES = 5
+"""With fewer, clean networks collapse into one class too (seen with 2 to 4): suspicion is then all there can be."""
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What the suppressed model says of clean pictures.
 
-    collapse_class: the class it predicts most often; collapse_share: the share of all clean pictures that it puts
-    there; second_share: the share of the class after it; suppressed_loss: its mean cross-entropy in nats.
+    classes: how many there are. collapse_class: the class it predicts most often; collapse_share: the share of all
+    clean pictures that it puts there; second_share: the share of the class after it; suppressed_loss: its mean
+    cross-entropy in nats.
     """
 
+    classes: int
     collapse_class: int
     collapse_share: float
     second_share: float
@@ -37,11 +41,13 @@ def weigh(suppressed_logits: Tensor, labels: Tensor) -> Evidence:
     """Evidence from the suppressed model's logits (n, classes) for clean pictures with ``labels`` (n,).
 
     Clean suppression takes the clean function away; where a backdoor stays behind, it pulls clean pictures into its
-    target class. Measured on backdoored and clean networks: DESIGN of docs/method.md, "Verdict".
+    target class. Limits: docs/method.md, "Verdict".
     """
-    shares = torch.bincount(suppressed_logits.argmax(1), minlength=suppressed_logits.shape[1]) / len(labels)
+    counts = torch.bincount(suppressed_logits.argmax(1), minlength=suppressed_logits.shape[1])
+    shares = counts.double() / len(labels)
     top = shares.topk(2)
     return Evidence(
+        classes=len(counts),
         collapse_class=int(top.indices[0]),
         collapse_share=float(top.values[0]),
         second_share=float(top.values[1]),
@@ -51,7 +57,7 @@ def weigh(suppressed_logits: Tensor, labels: Tensor) -> Evidence:
 
 def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
     """(verdict, suspected target class or None). Never "clean": at best no evidence was found."""
-    if evidence.collapse_share >= config.evidence_share:
+    if evidence.collapse_share >= config.evidence_share and evidence.classes >= FEWEST_CLASSES:
         return EVIDENCE, evidence.collapse_class
     if evidence.collapse_share >= config.suspicion_share:
         return SUSPICIOUS, evidence.collapse_class

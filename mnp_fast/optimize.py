@@ -47,6 +47,8 @@ def suppress_(
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     momenta = [torch.zeros_like(p) for p in parameters]
     trace, rate, first = Trace(), config.suppression_rate, 0.0
+    # With few classes a model that answers one class only is still right this often.
+    commonest = 1.1 * float(data.labels.bincount().max()) / len(data)
     windows = config.suppression_epochs * math.ceil(len(data) / _WINDOW)
     progress.stage("suppress", None)
     passes = _windows(data, config.batch_size, generator)
@@ -56,8 +58,9 @@ def suppress_(
             loss, accuracy = _ascend(model, next(passes), parameters, momenta, rate, config.weight_decay)
             first = first or max(accuracy, 1.0 / 512)
             fall = (trace.accuracy[-1] if trace.accuracy else accuracy) - accuracy
-            # A non-finite loss and a fall of half in one window both mean steps that are too long.
-            if not math.isfinite(loss) or (fall > first / 2 and rate > config.suppression_rate / 16):
+            finite = math.isfinite(loss) and all(bool(p.isfinite().all()) for p in parameters)
+            # Numbers that are not finite and a fall of half in one window both mean steps that are too long.
+            if not finite or (fall > first / 2 and rate > config.suppression_rate / 16):
                 for p, old in zip((*parameters, *momenta), before, strict=True):
                     p.detach().copy_(old)
                 rate /= 4
@@ -66,7 +69,7 @@ def suppress_(
             trace.accuracy.append(accuracy)
             trace.rate.append(rate)
             progress.update(1, loss=loss, accuracy=accuracy)
-            if accuracy <= config.suppression_stop * first:
+            if accuracy <= max(config.suppression_stop * first, commonest):
                 return trace
             if fall < 0.02 * first and number:
                 rate = min(rate * 1.15, 8 * config.suppression_rate)

@@ -19,7 +19,7 @@ from mnp_fast import __version__
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
 from mnp_fast.detect import Evidence, verdict, weigh
-from mnp_fast.errors import ConfigError
+from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.masked import masked, prune_
 from mnp_fast.optimize import Trace, finetune_, learn_masks, predict, suppress_
 from mnp_fast.progress import Progress
@@ -96,14 +96,16 @@ class _Run:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.config = self.given_config or PruneConfig()
+        self.config = PruneConfig() if self.given_config is None else self.given_config
         if not isinstance(self.config, PruneConfig):
             raise ConfigError(f"config is a {type(self.config).__name__}; give a mnp_fast.PruneConfig")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed is {self.seed!r}; give a whole number, at least 0")
-        self.data = collect(self.loader, seed=self.seed)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed!r}; give a whole number from 0 to 2**63 - 1")
+        self.data = collect(self.loader, seed=self.seed).in_float32()
         self.classes = check_model(self.model, self.data)
-        own = next(self.model.parameters()).device
+        own = next((p.device for p in self.model.parameters()), None)
+        if own is None:
+            raise ModelError("the model has no parameters, and so nothing to prune; give a network with weights")
         self.device = own if self.given_device is None else _device(self.given_device)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.learning, self.held = self.data.split(self.config.held_back, self.generator)
@@ -122,7 +124,12 @@ class _Run:
     def stages(self) -> Iterator[None]:
         """Seeds whatever a model draws by itself, leaves the caller's random state alone, ends the progress bar."""
         cuda = [self.device.index or 0] if self.device.type == "cuda" else []
-        with self.bar, torch.random.fork_rng(devices=cuda):
+        with (
+            self.bar,
+            torch.random.fork_rng(devices=cuda),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             torch.manual_seed(self.seed)
             yield
 
@@ -173,7 +180,8 @@ class _Run:
                 )
                 entry |= _ends(trace)
         repaired = copy.deepcopy(self.model).eval()
-        repaired.load_state_dict(working.state_dict())
+        if not bool(keep.all()):
+            repaired.load_state_dict(working.state_dict())
         return repaired
 
     def held_back_metrics(self, network: nn.Module) -> dict[str, float]:
@@ -250,7 +258,7 @@ class _Run:
 def _accuracy(network: nn.Module, data: DefenceSet, config: PruneConfig, like: Tensor) -> float:
     """Share of pictures put into the class of their label, by the network as the caller has it."""
     out = predict(network, DefenceSet(data.images.to(like.dtype), data.labels), config.batch_size, like.device)
-    return float((out.argmax(1) == data.labels).float().mean())
+    return int((out.argmax(1) == data.labels).sum()) / len(data)
 
 
 def _ends(trace: Trace) -> dict[str, Any]:
@@ -260,8 +268,8 @@ def _ends(trace: Trace) -> dict[str, Any]:
 def _device(given: torch.device | str) -> torch.device:
     try:
         device = torch.device(given)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"the device {given!r} cannot be used ({first}); give cpu, or a device that is there"

@@ -46,10 +46,10 @@ def select(
 ) -> Selection:
     """The prune set, along ``order`` as `learn_masks` gives it: nested sets, searched by bisection.
 
-    Low masks are pruned. Without a suspected target they are only while that costs no held-back accuracy. With one,
+    Low masks are pruned. Without a suspected target they are only while that costs next to no accuracy. With one,
     pruning goes on, where needed, until the suppressed model lets go of the suspected class, since the pull of the
-    backdoor is then gone; an accuracy limit bounds both, and fine-tuning brings the accuracy back. The limit holds for
-    the held-back pictures and for all pictures, by the paired drop less one standard error, since a hundred held-back
+    backdoor is then gone; where that is not to be had within the accuracy limit, until an accuracy budget is spent.
+    Fine-tuning brings the accuracy back. Limit and budget hold for the held-back pictures and for all pictures, by the paired drop less one standard error, since a hundred held-back
     pictures alone are few: they let a drop of 9 points pass for 4 (docs/decisions.md).
     """
     candidates = int((mask < 1).sum())
@@ -76,14 +76,16 @@ def select(
         return float(predicted.eq(suspected_target or 0).float().mean()) <= config.release_share
 
     low = int((mask <= config.threshold).sum())
-    released = None
+    released, further = None, 0
     if suspected_target is None:
-        affordable = max(_first(partial(dearer, 0.0), low) - 1, 0)
+        affordable = max(_first(partial(dearer, config.unsuspected_limit), low) - 1, 0)
     else:
         affordable = max(_first(partial(dearer, config.accuracy_limit), candidates) - 1, 0)
         first = _first(let_go, affordable)
         released = first if first <= affordable else None
-    count = min(max(low, released or 0), affordable)
+        if released is None:
+            further = max(_first(partial(dearer, config.accuracy_budget), affordable) - 1, 0)
+    count = min(max(low, released or further), affordable)
     keep = torch.ones_like(mask, dtype=torch.bool)
     keep[order[:count]] = False
     threshold = float(mask[order[count - 1]]) if count else -1.0
