@@ -44,7 +44,9 @@ class PruneConfig:
     accuracy_limit: float = 0.15
     """Accuracy that pruning may cost before fine-tuning where a target is suspected, in [0, 1]. Measured."""
     accuracy_budget: float = 0.05
-    """What it may cost where the suppressed model does not let go of that class before the limit, in [0, 1]. Measured."""
+    """The same where the suppressed model does not let go of that class before the limit, in [0, 1]. Measured."""
+    repair_limit: float = 0.02
+    """Held-back accuracy that a prune set beyond accuracy_limit may cost after fine-tuning, in [0, 1]. Measured."""
     unsuspected_limit: float = 0.02
     """The same where none is: what is pruned then is a precaution, in [0, 1]. Measured."""
     release_share: float = 0.2
@@ -92,6 +94,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "threshold": (0, 0.99),
     "accuracy_limit": (0, 1),
     "accuracy_budget": (0, 1),
+    "repair_limit": (0, 1),
     "unsuspected_limit": (0, 1),
     "release_share": (0, 1),
     "finetune_rate": (_TINY, 1.0),

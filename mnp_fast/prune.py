@@ -61,8 +61,7 @@ def prune(
     with run.stages():
         suppressed, evidence = run.expose()
         mask, order = run.learn_masks(suppressed)
-        selection = run.select(mask, order, suppressed, evidence)
-        repaired = run.repair(selection.keep)
+        selection, repaired = run.repair(run.select(mask, order, suppressed, evidence))
     return run.result(evidence, mask, selection, repaired, triggered)
 
 
@@ -151,26 +150,41 @@ class _Run:
             entry |= _ends(trace) | {"steps": len(trace.loss), "below_one": int((mask < 1).sum())}
         return mask, order
 
-    def select(self, mask: Tensor, order: Tensor, suppressed: nn.Module, evidence: Evidence) -> Selection:
+    def select(self, mask: Tensor, order: Tensor, suppressed: nn.Module, evidence: Evidence) -> tuple[Selection, ...]:
         with self.stage("select") as entry:
             self.bar.stage("select", None)
             target = verdict(evidence, self.config)[1]
-            chosen = select(
+            sets = select(
                 mask, order, self.plain, suppressed, self.sites, self.learning, self.held, target, self.config
             )
-            kept = chosen.keep.float()
-            with masked(self.plain, self.sites, kept):
+            with masked(self.plain, self.sites, sets[-1].keep.float()):
                 entry |= self.held_back_metrics(self.plain)
             entry |= {
-                "pruned": int((~chosen.keep).sum()),
-                "low": chosen.low,
-                "affordable": chosen.affordable,
-                "released": chosen.released,
+                "sets": [int((~chosen.keep).sum()) for chosen in sets],
+                "low": sets[-1].low,
+                "affordable": sets[-1].affordable,
+                "released": sets[-1].released,
             }
-        return chosen
+        return sets
 
-    def repair(self, keep: Tensor) -> nn.Module:
-        """A pruned and fine-tuned copy in the precision, on the device and with the flags of the caller's model."""
+    def repair(self, sets: tuple[Selection, ...]) -> tuple[Selection, nn.Module]:
+        """The first prune set whose accuracy fine-tuning brings back, else the last, and the repaired model.
+
+        The model is a copy in the precision, on the device and with the flags of the caller's.
+        """
+        with masked(self.plain, (), None):
+            before = self.held_back_metrics(self.plain)["accuracy"]
+        for chosen in sets:
+            working = self.finetuned(chosen.keep)
+            if before - self.held_back_metrics(working)["accuracy"] <= self.config.repair_limit:
+                break
+        repaired = copy.deepcopy(self.model).eval()
+        if not bool(chosen.keep.all()):
+            repaired.load_state_dict(working.state_dict())
+        return chosen, repaired
+
+    def finetuned(self, keep: Tensor) -> nn.Module:
+        """A pruned and fine-tuned working copy."""
         working = self.working_copy()
         prune_(working, self.sites, keep)
         if self.config.finetune_epochs and not bool(keep.all()):
@@ -178,11 +192,8 @@ class _Run:
                 trace = finetune_(
                     working, self.plain, self.sites, keep, self.learning, self.config, self.generator, self.bar
                 )
-                entry |= _ends(trace)
-        repaired = copy.deepcopy(self.model).eval()
-        if not bool(keep.all()):
-            repaired.load_state_dict(working.state_dict())
-        return repaired
+                entry |= _ends(trace) | {"pruned": int((~keep).sum())}
+        return working
 
     def held_back_metrics(self, network: nn.Module) -> dict[str, float]:
         out = predict(network, self.held, self.config.batch_size, self.device)

@@ -19,11 +19,11 @@ from mnp_fast.sites import Site
 
 @dataclass(frozen=True)
 class Selection:
-    """keep: (neurons,) bool. threshold: t, the highest mask that is pruned, -1 where none is.
+    """One prune set. keep: (neurons,) bool. threshold: t, the highest mask that is pruned, -1 where none is.
 
     Counts along the order: ``low``, masks at or below the configured threshold; ``affordable``, neurons that accuracy
-    allows; ``released``, neurons after which the suppressed model has let go of the suspected class (None: not looked
-    for, or not within what is affordable).
+    before fine-tuning allows; ``released``, neurons after which the suppressed model has let go of the suspected class
+    (None: not looked for, or never).
     """
 
     keep: Tensor
@@ -43,14 +43,15 @@ def select(
     held: DefenceSet,
     suspected_target: int | None,
     config: PruneConfig,
-) -> Selection:
-    """The prune set, along ``order`` as `learn_masks` gives it: nested sets, searched by bisection.
+) -> tuple[Selection, ...]:
+    """The prune sets worth fine-tuning, the boldest first; the last is to be taken where those before cost too much.
 
-    Low masks are pruned. Without a suspected target they are only while that costs next to no accuracy. With one,
-    pruning goes on, where needed, until the suppressed model lets go of the suspected class, since the pull of the
-    backdoor is then gone; where that is not to be had within the accuracy limit, until an accuracy budget is spent.
-    Fine-tuning brings the accuracy back. Limit and budget hold for the held-back pictures and for all pictures, by the paired drop less one standard error, since a hundred held-back
-    pictures alone are few: they let a drop of 9 points pass for 4 (docs/decisions.md).
+    Sets are nested along ``order`` as `learn_masks` gives it and searched by bisection. Low masks are pruned. Without a
+    suspected target they are only while that costs next to no accuracy. With one, pruning goes on until the suppressed
+    model lets go of the suspected class, since the pull of the backdoor is then gone. Where that costs more than the
+    accuracy limit it is a bold set, to be judged after fine-tuning, with a modest one behind it: the low masks, or as
+    many neurons as an accuracy budget allows. Limit and budget hold for the held-back pictures and for all pictures, by
+    the paired drop less one standard error: a hundred held-back pictures alone let 9 points pass for 4.
     """
     candidates = int((mask < 1).sum())
 
@@ -76,20 +77,28 @@ def select(
         return float(predicted.eq(suspected_target or 0).float().mean()) <= config.release_share
 
     low = int((mask <= config.threshold).sum())
-    released, further = None, 0
+    released = None
     if suspected_target is None:
         affordable = max(_first(partial(dearer, config.unsuspected_limit), low) - 1, 0)
+        counts = [min(low, affordable)]
     else:
         affordable = max(_first(partial(dearer, config.accuracy_limit), candidates) - 1, 0)
-        first = _first(let_go, affordable)
-        released = first if first <= affordable else None
-        if released is None:
-            further = max(_first(partial(dearer, config.accuracy_budget), affordable) - 1, 0)
-    count = min(max(low, released or further), affordable)
-    keep = torch.ones_like(mask, dtype=torch.bool)
-    keep[order[:count]] = False
-    threshold = float(mask[order[count - 1]]) if count else -1.0
-    return Selection(keep, threshold, low, affordable, released)
+        first = _first(let_go, candidates)
+        released = first if first <= candidates else None
+        if released is not None and released <= affordable:
+            counts = [min(max(low, released), affordable)]
+        else:
+            within_budget = max(_first(partial(dearer, config.accuracy_budget), affordable) - 1, 0)
+            modest = min(max(low, within_budget), affordable)
+            counts = [modest] if released is None else [max(released, modest), modest]
+
+    def selection(count: int) -> Selection:
+        keep = torch.ones_like(mask, dtype=torch.bool)
+        keep[order[:count]] = False
+        threshold = float(mask[order[count - 1]]) if count else -1.0
+        return Selection(keep, threshold, low, affordable, released)
+
+    return tuple(selection(count) for count in dict.fromkeys(counts))
 
 
 def paired_drop(before: Tensor, after: Tensor) -> tuple[float, float]:

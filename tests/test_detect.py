@@ -22,7 +22,7 @@ def answers(counts: list[int]) -> Tensor:
 
 
 def evidence(share: float, target: int = 3) -> Evidence:
-    return Evidence(collapse_class=target, collapse_share=share, second_share=0.0, suppressed_loss=2.0)
+    return Evidence(classes=10, collapse_class=target, collapse_share=share, second_share=0.0, suppressed_loss=2.0)
 
 
 @pytest.mark.parametrize(
