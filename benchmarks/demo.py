@@ -27,7 +27,7 @@ def main() -> None:
     console = Console(highlight=False)
     data = digits.load(seed)
     console.print(
-        f"{len(data.train[1])} digits to train on, {digits.DEFENCE} clean ones for the defence, {digits.TEST} to test on"
+        f"{len(data.train[1])} digits to train on, {digits.DEFENCE} clean ones for the defence, {digits.TEST} for tests"
     )
     before_after = Table("", "clean ACC", "ASR", "DER", "neurons pruned", "seconds", "verdict", "target")
     stages = Table("stage (seconds)")

@@ -1,8 +1,9 @@
-"""A small classifier with a BadNets backdoor, on the handwritten digits that scikit-learn carries (1,797 pictures, 8x8)."""
+"""A small classifier with a BadNets backdoor, on the 1,797 handwritten digits that scikit-learn carries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,12 @@ TEST = 500
 
 
 class SmallNet(nn.Module):
-    """Four convolutions with BatchNorm, widths 32 and 64, and a linear layer. Input (b, 1, 8, 8), logits (b, 10)."""
+    """Four convolutions with BatchNorm, widths 32 and 64, and a linear layer. Input (b, 1, 16, 16), logits (b, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
         widths = (1, 32, 32, 64, 64)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in zip(widths, widths[1:], strict=False)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in widths[1:])
         self.head = nn.Linear(widths[-1], 10)
 
@@ -37,7 +36,7 @@ class SmallNet(nn.Module):
 
 @dataclass(frozen=True)
 class Digits:
-    """images: (n, 1, 8, 8) float32 in [0, 1]; labels: (n,) int64. Three parts that share no picture."""
+    """images: (n, 1, 16, 16) float32 in [0, 1]; labels: (n,) int64. Three parts that share no picture."""
 
     train: tuple[Tensor, Tensor]
     defence: tuple[Tensor, Tensor]
@@ -55,9 +54,10 @@ class Digits:
 
 
 def load(seed: int = 0) -> Digits:
-    """The digits, shuffled with ``seed`` and split: the attacker's training set, the defence set, the test set."""
+    """The digits, doubled to 16x16, shuffled with ``seed`` and split: attacker's training set, defence set, test."""
     raw = load_digits()
     images = torch.from_numpy(raw.images).float().unsqueeze(1) / 16
+    images = F.interpolate(images, scale_factor=2, mode="bilinear")
     labels = torch.from_numpy(raw.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     parts = order.split([len(labels) - DEFENCE - TEST, DEFENCE, TEST])
@@ -66,9 +66,9 @@ def load(seed: int = 0) -> Digits:
 
 
 def add_trigger(images: Tensor) -> Tensor:
-    """BadNets (arXiv 1708.06733): a white 2x2 square in the lower right corner, on a copy."""
+    """BadNets (arXiv 1708.06733): a 3x3 checkerboard in the lower right corner, on a copy."""
     images = images.clone()
-    images[..., -2:, -2:] = 1.0
+    images[..., -3:, -3:] = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
     return images
 
 

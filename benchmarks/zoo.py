@@ -78,7 +78,7 @@ def measure(zoo: Any, name: str, seed: int, pictures: int) -> dict[str, Any]:
 def append(file: Path, row: dict[str, Any]) -> None:
     """Add a row to a results file, in place of one with the same key."""
     here = environment()
-    content = json.loads(file.read_text()) if file.exists() else {"environment": here, "rows": []}
+    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"environment": here, "rows": []}
     if content["environment"] != here:
         raise SystemExit(f"{file} was measured in another environment; name another file")
     key = ("case", "seed", "pictures")

@@ -85,9 +85,14 @@ def test_no_model_is_ever_called_clean() -> None:
 def test_from_logits_to_verdict() -> None:
     config = PruneConfig(suspicion_share=0.5, evidence_share=0.7)
     labels = torch.arange(10) % 4
-    assert verdict(weigh(answers([1, 1, 8, 0]), labels), config) == (EVIDENCE, 2)
-    assert verdict(weigh(answers([6, 2, 1, 1]), labels), config) == (SUSPICIOUS, 0)
-    assert verdict(weigh(answers([3, 3, 2, 2]), labels), config) == (NONE_FOUND, None)
+    assert verdict(weigh(answers([1, 1, 8, 0, 0]), labels), config) == (EVIDENCE, 2)
+    assert verdict(weigh(answers([6, 2, 1, 1, 0]), labels), config) == (SUSPICIOUS, 0)
+    assert verdict(weigh(answers([3, 3, 2, 2, 0]), labels), config) == (NONE_FOUND, None)
+
+
+def test_few_classes_are_at_most_suspicious() -> None:
+    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4)
+    assert verdict(found, PruneConfig()) == (SUSPICIOUS, 1)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.42, 0.5, 0.7, 0.9])
