@@ -2,7 +2,7 @@
 
     python -m benchmarks.zoo --zoo DIR [--cases NAME ...] [--seeds 0 1 2] [--pictures 500] [--json FILE]
 
-DIR (or MNP_FAST_ZOO) holds zoo.py with CASES, load(name) -> case (model, dataset, preprocess, trigger, target), and
+DIR holds zoo.py with CASES, load(name) -> case (model, dataset, preprocess, trigger, target), and
 images(dataset, split) -> (uint8 NHWC pictures, labels). The defence gets clean training pictures, drawn by the seed;
 triggers and test pictures only measure. Rows are added to FILE, one for each (case, seed, pictures, environment).
 """
@@ -14,7 +14,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -34,15 +33,13 @@ TEST = 2000
 def main() -> None:
     """Run the cases and write their rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zoo", default=os.environ.get("MNP_FAST_ZOO"), help="folder with zoo.py")
+    parser.add_argument("--zoo", type=Path, required=True, metavar="DIR", help="folder with zoo.py")
     parser.add_argument("--cases", nargs="*", help="default: all")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--pictures", type=int, default=500)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not args.zoo:
-        parser.error("name the zoo: --zoo DIR or MNP_FAST_ZOO")
-    zoo = _module(Path(args.zoo) / "zoo.py")
+    zoo = _module(args.zoo / "zoo.py")
     for name in args.cases or zoo.CASES:
         for seed in args.seeds:
             row = measure(zoo, name, seed, args.pictures)
