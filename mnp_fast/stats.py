@@ -12,7 +12,10 @@ from mnp_fast.sites import Site, Source, site_parameter, total_neurons
 
 
 def magnitude(model: nn.Module, sites: Sequence[Site], *, normalize: bool = True) -> Tensor:
-    """M_i, the L1 norm of each neuron's weights over the mean of that norm over the model.
+    """M_i, the L1 norm of each neuron's weights over the mean of that norm over all neurons of its kind.
+
+    One mean for the whole model would make the penalty on a head 51 times that on the average neuron of a ViT-S, since
+    a head owns 64 rows; with one kind of site, as in most CNNs, the two are the same.
 
     The magnitude of MNP (arXiv 2405.17750): the weights of a neuron are its filter (conv, and the convolution or linear
     layer in front of a BatchNorm), its row of the first linear layer and of the gate (mlp), its value rows (heads).
@@ -24,18 +27,19 @@ def magnitude(model: nn.Module, sites: Sequence[Site], *, normalize: bool = True
     """
     devices = [site_parameter(model, site.path, site.parameter)[1].device for site in sites[:1]]
     out = torch.empty(total_neurons(sites), dtype=torch.float32, device=next(iter(devices), None))
-    known = torch.empty_like(out, dtype=torch.bool)
+    groups: dict[tuple[str, bool], list[slice]] = {}
     rows: dict[tuple[str, str], Tensor] = {}
     with torch.no_grad():
         for site in sites:
             part = slice(site.offset, site.offset + site.neurons)
-            known[part] = bool(site.sources)
+            groups.setdefault((site.kind, bool(site.sources)), []).append(part)
             norms = [_source_norm(model, site, source, rows) for source in site.sources] or [_own_norm(model, site)]
             out[part] = torch.stack([norm.to(out) for norm in norms]).sum(0)
         if normalize:
-            for group in (known, ~known):
-                if group.any():
-                    out[group] /= out[group].mean().clamp_min(torch.finfo(out.dtype).tiny)
+            for parts in groups.values():
+                mean = torch.cat([out[part] for part in parts]).mean().clamp_min(torch.finfo(out.dtype).tiny)
+                for part in parts:
+                    out[part] /= mean
     return out
 
 
