@@ -129,7 +129,7 @@ def test_suppression_does_not_see_dropout(known: nn.Module) -> None:
 
 def test_suppression_that_does_not_get_there(known: nn.Module) -> None:
     config = PruneConfig(batch_size=40, suppression_rate=1e-9, suppression_epochs=3)
-    with pytest.raises(ModelError, match=r"did not bring the accuracy below.*raise suppression_rate"):
+    with pytest.raises(ModelError, match=r"did not bring the accuracy down.*raise suppression_rate"):
         suppress_(copy.deepcopy(known), quadrants(), config, seeded(), QUIET)
 
 
@@ -380,3 +380,12 @@ def test_predict(known: nn.Module, batch_size: int) -> None:
     assert out.dtype == torch.float32
     assert not out.requires_grad
     torch.testing.assert_close(out, known(data.images).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_statistics_where_one_picture_would_be_left_over() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    data = quadrants(41, 0)
+    with masked(network, (), None, batch_statistics=True):
+        assert predict(network, data, 20, torch.device("cpu")).shape == (41, 4)
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            network(data.images[:1])
