@@ -1,6 +1,7 @@
 """Repair every network of a zoo with default settings and measure ACC, ASR and DER on test pictures.
 
     python -m benchmarks.zoo --zoo DIR [--cases NAME ...] [--seeds 0 1 2] [--pictures 500] [--json FILE]
+    python -m benchmarks.zoo --table FILE       the means of a results file, as in the README
 
 DIR holds zoo.py with CASES, load(name) -> case (model, dataset, preprocess, trigger, target), and
 images(dataset, split) -> (uint8 NHWC pictures, labels). The defence gets clean training pictures, drawn by the seed;
@@ -33,12 +34,17 @@ TEST = 2000
 def main() -> None:
     """Run the cases and write their rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zoo", type=Path, required=True, metavar="DIR", help="folder with zoo.py")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--zoo", type=Path, metavar="DIR", help="folder with zoo.py")
+    what.add_argument("--table", type=Path, metavar="FILE", help="a results file")
     parser.add_argument("--cases", nargs="*", help="default: all")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--pictures", type=int, default=500)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())["rows"]))
+        return
     zoo = _module(args.zoo / "zoo.py")
     for name in args.cases or zoo.CASES:
         for seed in args.seeds:
@@ -83,6 +89,31 @@ def append(file: Path, row: dict[str, Any]) -> None:
     content["rows"] = sorted([*rows, row], key=lambda r: [r[k] for k in key])
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line a case, means over the seeds, the worst ASR in brackets."""
+    lines = [
+        "| network | ACC before | after | ASR before | after (worst) | DER | target named | verdicts | pruned | s |"
+    ]
+    lines.append("|---" * 10 + "|")
+    for name in dict.fromkeys(row["case"] for row in rows):
+        of = [row for row in rows if row["case"] == name]
+
+        def mean(key: str, of: list[dict[str, Any]] = of) -> float:
+            return sum(row[key] for row in of) / len(of)
+
+        attack = ["", "", "", ""]
+        if of[0]["target"] is not None:
+            named = sum(row["suspected_target"] == row["target"] for row in of)
+            worst = max(row["asr_after"] for row in of)
+            attack = [f"{mean('asr_before'):.3f}", f"{mean('asr_after'):.3f} ({worst:.3f})", f"{mean('der'):.3f}"]
+            attack.append(f"{named} of {len(of)}")
+        verdicts = ", ".join(dict.fromkeys(row["verdict"] for row in of))
+        share = f"{mean('pruned') / of[0]['neurons']:.1%}"
+        cells = [name, f"{mean('acc_before'):.3f}", f"{mean('acc_after'):.3f}", *attack, verdicts, share]
+        lines.append(f"| {' | '.join(cells)} | {mean('seconds'):.0f} |")
+    return "\n".join(lines)
 
 
 @torch.no_grad()
