@@ -29,10 +29,11 @@ def main() -> None:
     console.print(
         f"{len(data.train[1])} digits to train on, {digits.DEFENCE} clean ones for the defence, {digits.TEST} for tests"
     )
-    before_after = Table("", "clean ACC", "ASR", "DER", "neurons pruned", "seconds", "verdict", "target")
+    before_after = Table("", "ACC", "ASR", "DER", "neurons pruned", "seconds")
     stages = Table("stage (seconds)")
     sites = Table("pruned per site", "of")
     columns: list[Any] = []
+    verdicts: list[str] = []
     for name, backdoored in (("backdoored", True), ("clean twin", False)):
         start = time.perf_counter()
         model = digits.train(data, backdoored=backdoored, seed=seed)
@@ -46,22 +47,13 @@ def main() -> None:
         was, now = (digits.accuracy(network, *data.test) for network in (model, result.model))
         asr = [digits.attack_success(network, data) if backdoored else None for network in (model, result.model)]
         der = f"{result.metrics['der']:.3f}" if backdoored else ""
-        target = "" if result.suspected_target is None else str(result.suspected_target)
-        before_after.add_row(
-            name, f"{was:.3f}", _number(asr[0]), "", "", "", "", str(digits.TARGET) if backdoored else ""
-        )
+        before_after.add_row(name, f"{was:.3f}", _number(asr[0]), "", "", "")
         pruned = sum(map(len, result.pruned.values()))
         total = sum(map(len, result.masks.values()))
-        before_after.add_row(
-            "  repaired",
-            f"{now:.3f}",
-            _number(asr[1]),
-            der,
-            f"{pruned} of {total}",
-            f"{seconds:.1f}",
-            result.verdict,
-            target,
-        )
+        before_after.add_row("  repaired", f"{now:.3f}", _number(asr[1]), der, f"{pruned} of {total}", f"{seconds:.1f}")
+        suspect = "" if result.suspected_target is None else f", suspected target {result.suspected_target}"
+        truth = f" (the attacker's is {digits.TARGET})" if backdoored else ""
+        verdicts.append(f"verdict on the {name} network: {result.verdict}{suspect}{truth}")
         columns.append(result)
         stages.add_column(name, justify="right")
         sites.add_column(name, justify="right")
@@ -69,10 +61,8 @@ def main() -> None:
         stages.add_row(entry["stage"], *(_stage(result, number) for result in columns))
     for site, mask in columns[0].masks.items():
         sites.add_row(site, str(len(mask)), *(str(len(result.pruned[site])) for result in columns))
-    console.print(before_after, sites, stages)
-    console.print(
-        "target: the attacker's in the first line, the suspected one below. A verdict is evidence, never proof."
-    )
+    console.print(before_after, sites, stages, *verdicts, sep="\n")
+    console.print("A verdict is evidence, never proof.")
 
 
 def _number(value: float | None) -> str:
