@@ -19,13 +19,13 @@ from rich.table import Table
 from torch import nn
 
 import mnp_fast
-from mnp_fast import architectures, io
+from mnp_fast import architectures, detect, io
 from mnp_fast.data import DefenceSet, check_model
 from mnp_fast.errors import ConfigError, DataError, MnpFastError
 from mnp_fast.pictures import Pictures, read_pictures
+from mnp_fast.prune import compute_device
 
 OK, USAGE, EVIDENCE, INTERRUPTED = 0, 2, 3, 130
-EVIDENT = "evidence of a backdoor"
 _ROWS_OF_SITES = 20
 _EPILOG = f"""exit codes:
   0    no evidence of a backdoor, or (prune) the model was repaired
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "prune":
             print(f"written to {args.out}")
     repaired = args.command == "prune" and any(result.pruned.values())
-    return EVIDENCE if result.verdict == EVIDENT and not repaired else OK
+    return EVIDENCE if result.verdict == detect.EVIDENCE and not repaired else OK
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _run(args: argparse.Namespace) -> tuple[Any, list[str] | None]:
 
 
 def _read(args: argparse.Namespace) -> _Input:
-    device = _device(args.device)
+    device = compute_device(_best_device() if args.device is None else args.device)
     weights = io.read_weights(args.weights)
     model = architectures.build_with_weights(args.arch, weights, args.classes)
     given = {name: value for name in ("size", "mean", "std") if (value := getattr(args, name)) is not None}
@@ -152,19 +152,8 @@ def _value(text: str) -> Any:
         return text
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except Exception as error:
-        # An unknown word, a backend that was not built in, and a driver that fails all raise differently.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"the device {name!r} cannot be used ({reason}); give cpu, or cuda where there is a GPU"
-        ) from error
-    return device
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -105,7 +105,7 @@ class _Run:
         own = next((p.device for p in self.model.parameters()), None)
         if own is None:
             raise ModelError("the model has no parameters, and so nothing to prune; give a network with weights")
-        self.device = own if self.given_device is None else _device(self.given_device)
+        self.device = own if self.given_device is None else compute_device(self.given_device)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.learning, self.held = self.data.split(self.config.held_back, self.generator)
         # The copy that is masked; float32, since steps of masks and weights are lost in half precision.
@@ -276,11 +276,12 @@ def _ends(trace: Trace) -> dict[str, Any]:
     return {"loss": trace.loss[-1], "accuracy": trace.accuracy[-1]}
 
 
-def _device(given: torch.device | str) -> torch.device:
+def compute_device(given: torch.device | str) -> torch.device:
+    """The device of that name, after a trial. ConfigError where nothing can be computed there."""
     try:
         device = torch.device(given)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # an unknown word, a backend not built in and a failing driver all raise differently
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"the device {given!r} cannot be used ({first}); give cpu, or a device that is there"

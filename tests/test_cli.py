@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mnp_fast
-from mnp_fast import architectures, cli, io
+from mnp_fast import architectures, cli, detect, io
 from mnp_fast.architectures import Preprocessing, build, build_with_weights, preprocessing
 from mnp_fast.data import check_model, collect
 from mnp_fast.errors import ConfigError, DataError, FileError, ModelError
@@ -128,7 +128,7 @@ def words(command: str = "prune", *extra: str, **changes: str) -> list[str]:
     return [command, *(word for pair in options.items() for word in pair), *extra]
 
 
-EVIDENT = cli.EVIDENT
+EVIDENT = detect.EVIDENCE
 CODES = [
     ("prune", FakeResult(), 0),
     ("prune", FakeResult("suspicious", 1), 0),
