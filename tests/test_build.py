@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -109,3 +110,9 @@ def test_defaults_of_cmake_are_those_of_the_settings():
     for name in ("MNP_FAST_CUDA", "MNP_FAST_CUDA_ARCHS"):
         assert re.search(rf'set\({name} "([^"]*)"', CMAKE)[1] == settings.VARIABLES[name].default
     assert "-march=native" not in CMAKE
+
+
+def test_no_check_is_left_out_in_ci() -> None:
+    """Tests of native code are skipped where it is not built; in CI that would hide a build that made nothing."""
+    if os.environ.get("CI"):
+        assert native.info_module() is not None
