@@ -1,6 +1,7 @@
 """Run a model under a flat mask and take the mask off again; write the pruning into plain weights.
 
 Module level: the sites' modules get a masked ``forward`` for as long as the context lasts, nothing else is rewritten.
+Graph level: where the model has been captured, ``model(images)`` runs the captured graph instead, with equal numbers.
 """
 
 from __future__ import annotations
@@ -19,16 +20,38 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from mnp_fast.errors import ConfigError
+from mnp_fast.graph import Captured, program
 from mnp_fast.ops import masked_affine
-from mnp_fast.sites import Site, site_parameter, total_neurons
+from mnp_fast.sites import Site, columns, site_parameter, total_neurons
 
 Views = list[Tensor]
 _under_mask: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How a model is run.
+
+    captured: a trace of this model or of one that it is a copy of (`mnp_fast.graph.capture`); images that it stands for
+    run through it and give logits, all others go through the modules. dtype: torch.bfloat16 for products in bfloat16
+    (autocast, the sums of the kernels stay float32), None for the precision of the weights.
+    """
+
+    captured: Captured | None = None
+    dtype: torch.dtype | None = None
+
+
+MODULES = Execution()
+
+
 @contextmanager
 def masked(
-    model: nn.Module, sites: Sequence[Site], mask: Tensor | None, *, batch_statistics: bool = False
+    model: nn.Module,
+    sites: Sequence[Site],
+    mask: Tensor | None,
+    *,
+    batch_statistics: bool = False,
+    how: Execution = MODULES,
 ) -> Iterator[nn.Module]:
     """``model(x)`` inside runs with every neuron multiplied by its entry of ``mask``; yields the model itself.
 
@@ -69,8 +92,14 @@ def masked(
             for module in model.modules():
                 if isinstance(module, _BatchNorm) and module not in overridden:
                     _use_batch_statistics(module, undo)
-        if mask is not None:
-            _override(model, _root_forward(model.forward, sites, mask, views, swaps), undo)
+        run = None
+        if how.captured is not None and how.captured.reason is None:
+            mask_of = None if mask is None else views.__getitem__
+            run = program(how.captured, model, sites, mask_of, batch_statistics=batch_statistics, dtype=how.dtype)
+        if mask is not None or run is not None or how.dtype is not None:
+            device = next((p.device.type for p in model.parameters()), "cpu")
+            modules = _by_modules(model.forward, sites, views, swaps, device, how.dtype)
+            _override(model, _root_forward(modules, sites, mask, views, how.captured, run), undo)
         yield model
 
 
@@ -140,13 +169,35 @@ def _override(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -
 
 
 def _root_forward(
-    inner: Callable[..., Any], sites: Sequence[Site], mask: Tensor, views: Views, swaps: Sequence[_Swap]
+    modules: Callable[..., Any],
+    sites: Sequence[Site],
+    mask: Tensor | None,
+    views: Views,
+    captured: Captured | None,
+    run: Callable[[Tensor], Tensor] | None,
 ) -> Callable[..., Any]:
     sizes = [site.neurons for site in sites]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # One split a forward: its backward is one cat, and the gradient of the mask is one tensor.
-        views[:] = mask.split(sizes)
+        if mask is not None:
+            # One split a forward: its backward is one cat, and the gradient of the mask is one tensor.
+            views[:] = mask.split(sizes)
+        if run is not None and captured is not None and len(args) == 1 and not kwargs and captured.takes(args[0]):
+            return run(args[0])
+        return modules(*args, **kwargs)
+
+    return forward
+
+
+def _by_modules(
+    inner: Callable[..., Any],
+    sites: Sequence[Site],
+    views: Views,
+    swaps: Sequence[_Swap],
+    device: str,
+    dtype: torch.dtype | None,
+) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         saved = [(swap.holder._parameters, swap.name, swap.holder._parameters[swap.name]) for swap in swaps]
         try:
             for swap, (parameters, name, weight) in zip(swaps, saved, strict=True):
@@ -154,7 +205,8 @@ def _root_forward(
                 vector = _spread(sites[swap.site], swap.module, weight, views[swap.site])
                 # A plain tensor in the dictionary keeps the graph to the mask; state_dict is whole again below.
                 parameters[name] = (weight * vector).to(weight.dtype)  # type: ignore[assignment]
-            return inner(*args, **kwargs)
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                return inner(*args, **kwargs)
         finally:
             for parameters, name, weight in saved:
                 parameters[name] = weight
@@ -174,7 +226,7 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def _spread(site: Site, module: nn.Module, weight: Tensor, vector: Tensor) -> Tensor:
     """``vector`` (neurons,) shaped so that it broadcasts over the weight of the site."""
     if site.kind in ("mlp", "heads"):
-        return vector.repeat_interleave(site.repeat)
+        return columns(site, vector)
     if isinstance(module, _ConvTransposeNd):  # weight: (in, out / groups, ...)
         per_group = vector.view(module.groups, 1, -1).expand(-1, weight.shape[0] // module.groups, -1)
         return per_group.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
@@ -262,8 +314,7 @@ def _input_forward(site: Site, module: Any, mask: Callable[[], Tensor]) -> Calla
     zeros = torch.zeros_like(ones)
 
     def forward(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        spread = mask() if site.repeat == 1 else mask().repeat_interleave(site.repeat)
-        return inner(_affine(input, spread, ones, zeros, zeros, channel_dim=-1), *args, **kwargs)
+        return inner(_affine(input, columns(site, mask()), ones, zeros, zeros, channel_dim=-1), *args, **kwargs)
 
     return forward
 

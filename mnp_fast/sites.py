@@ -79,7 +79,7 @@ def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
     """
     _check(model)
     finder = _Finder(model)
-    with _undisturbed(model), finder.hooks(), torch.no_grad():
+    with undisturbed(model), finder.hooks(), torch.no_grad():
         try:
             with finder:
                 output = model(example[:2])
@@ -113,6 +113,11 @@ def site_parameter(model: nn.Module, path: str, name: str) -> tuple[nn.Module, n
     return module, weight
 
 
+def columns(site: Site, vector: Tensor) -> Tensor:
+    """``vector`` (neurons,) as a vector of the input columns (mlp, heads) or channels (batch_norm) of the site."""
+    return vector if site.repeat == 1 else vector.repeat_interleave(site.repeat)
+
+
 def _check(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
@@ -129,7 +134,7 @@ def _check(model: nn.Module) -> None:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; training flags, buffers, random state and torch's attention fast path restored after."""
     modules = list(model.modules())
     training = [module.training for module in modules]

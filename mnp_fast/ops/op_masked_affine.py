@@ -8,6 +8,8 @@ the Fisher term.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from mnp_fast.errors import BackendError
 from mnp_fast.ops import registry
+from mnp_fast.ops.eager import short_way
 from mnp_fast.ops.layout import dense, like
 
 ACTIVATIONS = ("none", "relu")
@@ -59,13 +62,7 @@ def masked_affine(
     return _forward(x, mask, scale, center, shift, residual, channel_dim, act)
 
 
-@torch.library.custom_op(
-    "mnp_fast::masked_affine",
-    mutates_args=(),
-    schema="(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor shift, Tensor? residual, "
-    "int channel_dim, str act) -> Tensor",
-)
-def _forward_op(
+def _run(
     x: Tensor,
     mask: Tensor,
     scale: Tensor,
@@ -91,13 +88,7 @@ def _forward_op(
     return y
 
 
-@torch.library.custom_op(
-    "mnp_fast::masked_affine_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor? y, Tensor mask, Tensor scale, Tensor center, Tensor shift, "
-    "int channel_dim, str act, bool need_grad_x, bool need_grad_residual) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward_op(
+def _run_backward(
     grad: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -132,6 +123,22 @@ def _backward_op(
         need_grad_residual,
     )
     return result
+
+
+_forward_op = torch.library.custom_op(
+    "mnp_fast::masked_affine",
+    _run,
+    mutates_args=(),
+    schema="(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor shift, Tensor? residual, "
+    "int channel_dim, str act) -> Tensor",
+)
+_backward_op = torch.library.custom_op(
+    "mnp_fast::masked_affine_backward",
+    _run_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor? y, Tensor mask, Tensor scale, Tensor center, Tensor shift, "
+    "int channel_dim, str act, bool need_grad_x, bool need_grad_residual) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_forward_op.register_fake
@@ -180,11 +187,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, y, mask, scale, center, shift)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(run: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """run: the backward, through the dispatcher or not."""
     x, y, mask, scale, center, shift = ctx.saved_tensors
     need_x, need_mask, need_scale, need_center, need_shift, need_residual = ctx.needs_input_grad[:6]
     through_relu = ctx.act == "relu"
-    grad_x, grad_residual, sum_g, sum_gx = torch.ops.mnp_fast.masked_affine_backward.default(
+    grad_x, grad_residual, sum_g, sum_gx = run(
         grad, x, y, mask, scale, center, shift, ctx.channel_dim, ctx.act, need_x, need_residual and through_relu
     )
     total_g = sum_g.sum(0) if need_center or need_shift else None
@@ -201,9 +209,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_forward_op.register_autograd(_backward, setup_context=_save)
-# The overload itself: the wrapper object that custom_op returns costs 6 us more a call.
-_forward = torch.ops.mnp_fast.masked_affine.default
+_forward_op.register_autograd(partial(_gradients, torch.ops.mnp_fast.masked_affine_backward.default), setup_context=_save)
+_forward = short_way(
+    torch.ops.mnp_fast.masked_affine.default, _run, _save, partial(_gradients, _run_backward)
+)
 
 
 def _check(
