@@ -29,7 +29,7 @@ VARIABLES: dict[str, Variable] = {
     "MNP_FAST_CPU_ISA": Variable(
         "auto",
         "run time: instruction set of the CPU kernels; auto takes the widest that this processor has",
-        ("auto", "scalar", "avx2", "avx512"),
+        ("auto", "scalar", "avx2", "avx512", "avx512_bf16"),
     ),
     "MNP_FAST_CUDA": Variable(
         "auto",

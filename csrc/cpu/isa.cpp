@@ -8,6 +8,8 @@ bool isa_usable(Isa isa) {
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_avx2;
+  static const bool has_avx512_bf16 = __builtin_cpu_supports("avx512bf16") && has_avx512;
+  if (isa == Isa::avx512_bf16) return has_avx512_bf16;
   if (isa == Isa::avx512) return has_avx512;
   if (isa == Isa::avx2) return has_avx2;
 #endif

@@ -41,6 +41,7 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   // The second operand is what comes back for NaN.
   Vec relu() const { return {_mm512_max_ps(_mm512_setzero_ps(), v)}; }
@@ -50,10 +51,24 @@ struct Vec {
     const __mmask16 positive = _mm512_cmp_ps_mask(sign.v, _mm512_setzero_ps(), _CMP_NLE_UQ);
     return {_mm512_and_ps(v, _mm512_castsi512_ps(_mm512_movm_epi32(positive)))};
   }
+  Vec abs() const { return {_mm512_abs_ps(v)}; }
+  // The smaller of the two, NaN where this is NaN.
+  Vec at_most(Vec limit) const { return {_mm512_min_ps(limit.v, v)}; }
+  // This, negated where the sign bit of `sign` is set.
+  Vec negated_with(Vec sign) const { return {_mm512_xor_ps(v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))}; }
+  // This times 2^k, k being the low bits of `power`; the product must be a normal number.
+  Vec times_power(Vec power) const {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(power.v), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), exponent))};
+  }
 
  private:
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static Vec widen(__m256i bits) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))}; }
+#if defined(__AVX512BF16__)
+  // Numbers below the normal ones become zero.
+  __m256i narrow() const { return (__m256i)_mm512_cvtneps_pbh(v); }
+#else
   __m256i narrow() const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -61,6 +76,7 @@ struct Vec {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(even, 16), nan, _mm512_set1_epi32(0x7fc0)));
   }
+#endif
 };
 
 #elif defined(__AVX2__)
@@ -90,12 +106,23 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   // The second operand is what comes back for NaN.
   Vec relu() const { return {_mm256_max_ps(_mm256_setzero_ps(), v)}; }
   // This where sign > 0 or NaN, else 0.
   Vec where_positive(Vec sign) const {
     return {_mm256_and_ps(_mm256_cmp_ps(sign.v, _mm256_setzero_ps(), _CMP_NLE_UQ), v)};
+  }
+  Vec abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
+  // The smaller of the two, NaN where this is NaN.
+  Vec at_most(Vec limit) const { return {_mm256_min_ps(limit.v, v)}; }
+  // This, negated where the sign bit of `sign` is set.
+  Vec negated_with(Vec sign) const { return {_mm256_xor_ps(v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))}; }
+  // This times 2^k, k being the low bits of `power`; the product must be a normal number.
+  Vec times_power(Vec power) const {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(power.v), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), exponent))};
   }
 
  private:
@@ -160,12 +187,27 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+  friend Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   Vec relu() const { return where_positive(*this); }
   // This where sign > 0 or NaN, else 0.
   Vec where_positive(Vec sign) const {
     const Bits not_positive = reinterpret_cast<Bits>(sign.v <= 0.0f);
     return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & ~not_positive)};
+  }
+  Vec abs() const { return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & 0x7fffffffu)}; }
+  // The smaller of the two, NaN where this is NaN.
+  Vec at_most(Vec limit) const {
+    const Bits above = reinterpret_cast<Bits>(v > limit.v);
+    return {reinterpret_cast<Floats>((reinterpret_cast<Bits>(limit.v) & above) | (reinterpret_cast<Bits>(v) & ~above))};
+  }
+  // This, negated where the sign bit of `sign` is set.
+  Vec negated_with(Vec sign) const {
+    return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) ^ (reinterpret_cast<Bits>(sign.v) & 0x80000000u))};
+  }
+  // This times 2^k, k being the low bits of `power`; the product must be a normal number.
+  Vec times_power(Vec power) const {
+    return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) + (reinterpret_cast<Bits>(power.v) << 23))};
   }
 };
 

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "act.h"
+
 namespace mnp_fast {
 
 using torch::headeronly::ScalarType;
@@ -43,6 +45,11 @@ inline const float* check_vector(const Tensor& tensor, int64_t numel, const Tens
   STD_TORCH_CHECK(tensor.get_device_index() == x.get_device_index() && tensor.is_cuda() == x.is_cuda(), name,
                   " is on another device than x");
   return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+inline Act check_act(int64_t act) {
+  STD_TORCH_CHECK(act >= 0 && act < kActCount, "there is no activation ", act);
+  return static_cast<Act>(act);
 }
 
 inline const void* pointer(const std::optional<Tensor>& tensor) {

@@ -1,53 +1,22 @@
 // The CPU kernels of masked_affine as torch operators. mnp_fast/ops/op_masked_affine.py holds the public op.
 #include "cpu/masked_affine.h"
 
-#include <numeric>
 #include <tuple>
 #include <vector>
 
-#include "torch/common.h"
+#include "torch/rows.h"
 
 namespace mnp_fast {
 namespace {
 
-using cpu::DType;
-using cpu::Isa;
-
-// As much as one thread should get at least: what at::parallel_for takes for its own elementwise kernels.
-constexpr int64_t kGrain = 32768;
-// Numbers in a unit of the backward where channels are inside: fixed, so that sums do not depend on the threads.
-constexpr int64_t kBlock = 65536;
-
-const cpu::MaskedAffineKernels& kernels(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa < cpu::kIsaCount && cpu::isa_usable(static_cast<Isa>(isa)),
-                  "this processor cannot run instruction set ", isa);
-  return MNP_CHOOSE_KERNELS(static_cast<Isa>(isa), masked_affine);
-}
-
-DType dtype_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu(), "x is not on the CPU");
-  if (x.scalar_type() == ScalarType::Float) return DType::float32;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x is neither float32 nor bfloat16");
-  return DType::bfloat16;
-}
-
-// How often the channels are repeated in a row: enough for whole vectors where there are few channels, at most `most`.
-int64_t repeats(int64_t channels, int64_t most) {
-  constexpr int64_t kVector = 16;
-  int64_t times = kVector / std::gcd(channels, kVector);
-  if (channels * times > 4096) return 1;
-  while (channels * times < 64) times *= 2;
-  return times <= most ? times : 1;
-}
-
-// a, b and center, each repeated to one row.
+// a, b and center, each repeated to `entries` numbers.
 struct Coefficients {
   std::vector<float> values;
   int64_t row;
 
   Coefficients(const Tensor& x, const Tensor& mask, const Tensor& scale, const Tensor& center, const Tensor& shift,
-               int64_t channels, int64_t times)
-      : values(3 * channels * times), row(channels * times) {
+               int64_t channels, int64_t entries)
+      : values(3 * entries), row(entries) {
     const float* m = check_vector(mask, channels, x, "mask");
     const float* s = check_vector(scale, channels, x, "scale");
     const float* mean = check_vector(center, channels, x, "center");
@@ -70,27 +39,16 @@ Tensor masked_affine(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor 
   const Layout layout{n, c, s, channels_last};
   check_dense(x, layout.numel(), "x");
   if (residual.has_value()) check_like(*residual, x, "residual");
-  const auto& kernel = kernels(isa);
-  const DType dtype = dtype_of(x);
+  const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_affine);
+  const cpu::DType dtype = dtype_of(x);
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
 
-  const Coefficients coefficients(x, mask, scale, center, shift, c, channels_last ? repeats(c, n * s) : 1);
-  const int64_t row = channels_last ? coefficients.row : s;
-  const cpu::MaskedAffineForward p{dtype,
-                                   relu,
-                                   channels_last,
-                                   x.const_data_ptr(),
-                                   pointer(residual),
-                                   y.mutable_data_ptr(),
-                                   coefficients.a(),
-                                   coefficients.b(),
-                                   c,
-                                   row,
-                                   layout.numel()};
-  const int64_t units = (layout.numel() + row - 1) / row;
-  torch::stable::parallel_for(0, units, kGrain / row + 1,
-                              [&](int64_t begin, int64_t end) { kernel.forward(p, begin, end); });
+  const cpu::Rows rows = rows_of(dtype, layout);
+  const Coefficients coefficients(x, mask, scale, center, shift, c, channels_last ? rows.row : c);
+  const cpu::MaskedAffineForward p{
+      rows, relu, x.const_data_ptr(), pointer(residual), y.mutable_data_ptr(), coefficients.a(), coefficients.b()};
+  for_units(rows, [&](int64_t begin, int64_t end) { kernel.forward(p, begin, end); });
   return y;
 }
 
@@ -103,8 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_affine_backward(Tensor grad, T
   check_dense(x, layout.numel(), "x");
   check_like(grad, x, "grad");
   if (y.has_value()) check_like(*y, x, "y");
-  const auto& kernel = kernels(isa);
-  const DType dtype = dtype_of(x);
+  const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_affine);
+  const cpu::DType dtype = dtype_of(x);
   Tensor grad_x = need_grad_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor grad_residual = need_grad_residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor sum_g = torch::stable::new_empty(mask, {n, c});
@@ -115,49 +73,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_affine_backward(Tensor grad, T
     return {grad_x, grad_residual, sum_g, sum_gx};
   }
 
-  const int64_t times = channels_last ? repeats(c, s) : 1;
-  const Coefficients coefficients(x, mask, scale, center, shift, c, times);
-  const int64_t row = channels_last ? coefficients.row : s;
-  const int64_t block_rows = kBlock / row + 1;
-  const int64_t blocks = channels_last ? (c * s + block_rows * row - 1) / (block_rows * row) : 1;
-  const int64_t units = channels_last ? n * blocks : n * c;
+  const SampleSums sums(dtype, layout);
+  const Coefficients coefficients(x, mask, scale, center, shift, c, channels_last ? sums.blocks.rows.row : c);
   float* out_g = static_cast<float*>(sum_g.mutable_data_ptr());
   float* out_gx = static_cast<float*>(sum_gx.mutable_data_ptr());
-  // A sample in several parts: each part has sums of its own, added up below in the order of memory.
-  const bool parts = channels_last && (blocks > 1 || times > 1);
-  std::vector<float> partial(parts ? 2 * units * row : 0);
-  cpu::MaskedAffineBackward p{dtype,
-                              relu,
-                              channels_last,
-                              grad.const_data_ptr(),
-                              x.const_data_ptr(),
-                              pointer(y),
-                              need_grad_x ? grad_x.mutable_data_ptr() : nullptr,
-                              need_grad_residual ? grad_residual.mutable_data_ptr() : nullptr,
-                              coefficients.a(),
-                              coefficients.b(),
-                              coefficients.center(),
-                              parts ? partial.data() : out_g,
-                              parts ? partial.data() + units * row : out_gx,
-                              c,
-                              row,
-                              c * s,
-                              blocks,
-                              block_rows};
-  const int64_t unit_size = channels_last ? (blocks > 1 ? block_rows * row : c * s) : row;
-  torch::stable::parallel_for(0, units, kGrain / unit_size + 1,
-                              [&](int64_t begin, int64_t end) { kernel.backward(p, begin, end); });
-  if (parts) {
-    for (int64_t i = 0; i < n * c; ++i) {
-      const float* first = partial.data() + i / c * blocks * row + i % c;
-      float g = 0.0f, gx = 0.0f;
-      for (int64_t k = 0; k < blocks * times; ++k) {
-        g += first[k * c];
-        gx += first[k * c + units * row];
-      }
-      out_g[i] = g;
-      out_gx[i] = gx;
-    }
+  std::vector<float> partial(2 * sums.partial());
+  const cpu::MaskedAffineBackward p{sums.blocks,
+                                    relu,
+                                    grad.const_data_ptr(),
+                                    x.const_data_ptr(),
+                                    pointer(y),
+                                    need_grad_x ? grad_x.mutable_data_ptr() : nullptr,
+                                    need_grad_residual ? grad_residual.mutable_data_ptr() : nullptr,
+                                    coefficients.a(),
+                                    coefficients.b(),
+                                    coefficients.center(),
+                                    sums.in_parts() ? partial.data() : out_g,
+                                    sums.in_parts() ? partial.data() + sums.partial() : out_gx};
+  sums.for_units([&](int64_t begin, int64_t end) { kernel.backward(p, begin, end); });
+  if (sums.in_parts()) {
+    sums.add(partial.data(), out_g);
+    sums.add(partial.data() + sums.partial(), out_gx);
   }
   return {grad_x, grad_residual, sum_g, sum_gx};
 }

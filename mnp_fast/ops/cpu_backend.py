@@ -10,6 +10,7 @@ from torch import Tensor
 from mnp_fast.errors import BackendError
 from mnp_fast.ops import native, registry
 from mnp_fast.ops.layout import Layout
+from mnp_fast.ops.op_masked_act import ACTIVATIONS
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -28,6 +29,22 @@ def usable_isas() -> list[str]:
     """Instruction sets that this build has and this processor runs, narrowest first."""
     module = native.info_module()
     return [] if module is None else list(module.usable_isas())
+
+
+def masked_act(x: Tensor, mask: Tensor, layout: Layout, act: str) -> Tensor:
+    y: Tensor = torch.ops.mnp_fast_cpu.masked_act.default(
+        x, mask, *layout, ACTIVATIONS.index(act), _isa(registry.requested_cpu_isa())
+    )
+    return y
+
+
+def masked_act_backward(
+    grad: Tensor, x: Tensor, mask: Tensor, layout: Layout, act: str, need_grad_x: bool
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = torch.ops.mnp_fast_cpu.masked_act_backward.default(
+        grad, x, mask, *layout, ACTIVATIONS.index(act), need_grad_x, _isa(registry.requested_cpu_isa())
+    )
+    return result
 
 
 def masked_affine(

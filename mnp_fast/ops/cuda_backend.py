@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mnp_fast.ops import native
 from mnp_fast.ops.layout import Layout
+from mnp_fast.ops.op_masked_act import ACTIVATIONS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,6 +34,20 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def library_problem() -> str | None:
     """Why the library cannot be loaded, None once it is; what the build says of it where it was left out."""
     return native.load("mnp_fast_cuda", native.build_info().get("cuda_reason", ""))
+
+
+def masked_act(x: Tensor, mask: Tensor, layout: Layout, act: str) -> Tensor:
+    y: Tensor = torch.ops.mnp_fast_cuda.masked_act.default(x, mask, *layout, ACTIVATIONS.index(act), _stream(x))
+    return y
+
+
+def masked_act_backward(
+    grad: Tensor, x: Tensor, mask: Tensor, layout: Layout, act: str, need_grad_x: bool
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = torch.ops.mnp_fast_cuda.masked_act_backward.default(
+        grad, x, mask, *layout, ACTIVATIONS.index(act), need_grad_x, _stream(x)
+    )
+    return result
 
 
 def masked_affine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mnp_fast.ops.layout import Layout
@@ -10,6 +11,51 @@ from mnp_fast.ops.layout import Layout
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
+
+
+def masked_act(x: Tensor, mask: Tensor, layout: Layout, act: str) -> Tensor:
+    out = torch.empty_like(x)
+    _memory(out, layout).copy_(_vector(mask, layout) * _activation(_memory(x, layout).to(mask.dtype), act))
+    return out
+
+
+def masked_act_backward(
+    grad: Tensor, x: Tensor, mask: Tensor, layout: Layout, act: str, need_grad_x: bool
+) -> tuple[Tensor, Tensor]:
+    g, wide = _memory(grad, layout).to(mask.dtype), _memory(x, layout).to(mask.dtype)
+    grad_x = x.new_empty(0)
+    if need_grad_x:
+        grad_x = torch.empty_like(x)
+        _memory(grad_x, layout).copy_(_vector(mask, layout) * _activation_backward(g, wide, act))
+    return grad_x, (g * _activation(wide, act)).sum(1 if layout.channels_last else 2)
+
+
+def _activation(x: Tensor, act: str) -> Tensor:
+    # Below -1000 each is 0 in float64 too; at -inf it would be NaN.
+    bounded = x.clamp(min=-1000)
+    if act == "relu":
+        return F.relu(x)
+    if act == "silu":
+        return F.silu(bounded)
+    if act == "quick_gelu":
+        return bounded * torch.sigmoid(1.702 * bounded)
+    return F.gelu(bounded, approximate=_GELU[act])
+
+
+def _activation_backward(grad: Tensor, x: Tensor, act: str) -> Tensor:
+    # Beyond 1000 the derivatives are 0 and 1; at infinities they would be NaN.
+    bounded = x.clamp(-1000, 1000)
+    if act == "relu":
+        return torch.ops.aten.threshold_backward.default(grad, x, 0)
+    if act == "silu":
+        return torch.ops.aten.silu_backward.default(grad, bounded)
+    if act == "quick_gelu":
+        s = torch.sigmoid(1.702 * bounded)
+        return grad * s * (1 + 1.702 * bounded * (1 - s))
+    return torch.ops.aten.gelu_backward.default(grad, bounded, approximate=_GELU[act])
+
+
+_GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def masked_affine(

@@ -77,7 +77,7 @@ def force_cpu_isa(isa: str) -> Iterator[None]:
 
 
 def requested_cpu_isa() -> str:
-    """The instruction set asked for in code or environment: auto, scalar, avx2 or avx512."""
+    """The instruction set asked for in code or environment: auto, scalar, avx2, avx512 or avx512_bf16."""
     return _forced_isa or _configured("MNP_FAST_CPU_ISA")
 
 

@@ -45,6 +45,20 @@ def triton_problem() -> str | None:
     return None
 
 
+def masked_act(x: Tensor, mask: Tensor, layout: Layout, act: str) -> Tensor:
+    from mnp_fast.ops import triton_masked_act as kernels
+
+    return kernels.forward(x, mask, layout, act)
+
+
+def masked_act_backward(
+    grad: Tensor, x: Tensor, mask: Tensor, layout: Layout, act: str, need_grad_x: bool
+) -> tuple[Tensor, Tensor]:
+    from mnp_fast.ops import triton_masked_act as kernels
+
+    return kernels.backward(grad, x, mask, layout, act, need_grad_x)
+
+
 def masked_affine(
     x: Tensor,
     mask: Tensor,

@@ -1,0 +1,84 @@
+// The loops of kernels with one coefficient a channel: over units, rows and vectors.
+#pragma once
+
+#include "cpu/rows.h"
+#include "cpu/vec.h"
+
+namespace mnp_fast::cpu {
+namespace {
+
+// All lanes of a vector, or the first n: the others count as zero and are not stored.
+struct AllLanes {
+  template <class T>
+  Vec load(const T* p) const {
+    return Vec::load(p);
+  }
+  template <class T>
+  void store(Vec v, T* p) const {
+    v.store(p);
+  }
+};
+
+struct FirstLanes {
+  int64_t n;
+  template <class T>
+  Vec load(const T* p) const {
+    return Vec::load(p, n);
+  }
+  template <class T>
+  void store(Vec v, T* p) const {
+    v.store(p, n);
+  }
+};
+
+// A coefficient along a run of numbers: of one channel for all, or of one channel each.
+struct OneChannel {
+  Vec v;
+  template <class Lanes>
+  Vec load(int64_t, Lanes) const {
+    return v;
+  }
+};
+
+struct EachChannel {
+  const float* p;
+  template <class Lanes>
+  Vec load(int64_t i, Lanes lanes) const {
+    return lanes.load(p + i);
+  }
+};
+
+// body(i, lanes) for the vector at every i of a run of n numbers.
+template <class Body>
+MNP_ALWAYS_INLINE void for_vectors(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= n; i += Vec::kWidth) body(i, AllLanes{});
+  if (i < n) body(i, FirstLanes{n - i});
+}
+
+// outside(start, channel) or inside(start, n) for every row of a range of units.
+template <class Outside, class Inside>
+MNP_ALWAYS_INLINE void for_rows(const Rows& rows, int64_t begin, int64_t end, Outside outside, Inside inside) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t start = unit * rows.row;
+    if (rows.channels_last) {
+      inside(start, rows.total - start < rows.row ? rows.total - start : rows.row);
+    } else {
+      outside(start, unit % rows.channels);
+    }
+  }
+}
+
+// row(start, n) for every row of a unit with the channels inside.
+template <class Row>
+MNP_ALWAYS_INLINE void for_rows_of_block(const Blocks& p, int64_t unit, Row row) {
+  const int64_t length = p.rows.row, first = unit / p.blocks * p.sample;
+  int64_t start = unit % p.blocks * p.block_rows * length;
+  int64_t end = start + p.block_rows * length;
+  if (end > p.sample) end = p.sample;
+  // One row after the other: several at once keep the sums in registers, but were seen to halve the speed from memory.
+  for (; start < end; start += length) row(first + start, end - start < length ? end - start : length);
+}
+
+}  // namespace
+}  // namespace mnp_fast::cpu
