@@ -21,6 +21,10 @@ class PruneConfig:
     held_back: float = 0.2
     """Share of the defence set, in (0, 1), that nothing is learned from; it limits pruning and gives the metrics."""
 
+    precision: str = "auto"
+    """Of convolutions, linear layers and attention: "float32", "bfloat16", or "auto", bfloat16 where the processor has
+    such products. Weights, masks, sums and steps are float32 in any case."""
+
     suppression_stop: float = 0.25
     """Clean suppression ends when accuracy has fallen to this share of what it was at first, in (0, 1). Measured."""
     suppression_rate: float = 4e-3
@@ -67,6 +71,10 @@ class PruneConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "precision":
+                if value not in _PRECISIONS:
+                    raise ConfigError(f"precision is {value!r}; it must be one of {', '.join(_PRECISIONS)}")
+                continue
             whole = field.type == "int"
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 kind = "a whole number" if whole else "a number"
@@ -81,6 +89,7 @@ class PruneConfig:
             )
 
 
+_PRECISIONS = ("auto", "float32", "bfloat16")
 _TINY = 1e-9
 _RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (2, math.inf),

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-# Numbers of mallopt(3) in glibc's malloc.h, and the values that they have by default.
+# Numbers of mallopt(3) in glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
-_KEEPING = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # -1: never trim
+_KEEPING = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # -1: never
+# glibc adapts its thresholds until one is set, and cannot be told to adapt again: these are where its own adaptation ends
+# once a process has freed a block of 32 MB.
+_AFTER = {_TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65536}
 
 _depth = 0
 
@@ -41,7 +43,7 @@ def kept() -> Iterator[None]:
     finally:
         _depth -= 1
         if _depth == 0:
-            for parameter, value in _DEFAULTS.items():
+            for parameter, value in _AFTER.items():
                 libc.mallopt(parameter, value)
             libc.malloc_trim(0)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
 from mnp_fast.errors import ModelError
-from mnp_fast.masked import masked, prune_
+from mnp_fast.masked import MODULES, Execution, masked, prune_
 from mnp_fast.objectives import eliminate_and_preserve, expose, penalty_gradient, repair_loss
 from mnp_fast.progress import Progress
 from mnp_fast.sites import Site
@@ -34,7 +34,12 @@ class Trace:
 
 
 def suppress_(
-    model: nn.Module, data: DefenceSet, config: PruneConfig, generator: torch.Generator, progress: Progress
+    model: nn.Module,
+    data: DefenceSet,
+    config: PruneConfig,
+    generator: torch.Generator,
+    progress: Progress,
+    how: Execution = MODULES,
 ) -> Trace:
     """Clean suppression, in place: ascend on the clean loss until accuracy falls to a share of what it was.
 
@@ -53,7 +58,7 @@ def suppress_(
     windows = config.suppression_epochs * math.ceil(len(data) / _WINDOW)
     progress.stage("suppress", None)
     passes = _windows(data, config.batch_size, generator)
-    with masked(model, (), None, batch_statistics=True):
+    with masked(model, (), None, batch_statistics=True, how=how):
         for number in range(windows):
             before = [p.detach().clone() for p in (*parameters, *momenta)]
             loss, accuracy = _ascend(model, next(passes), parameters, momenta, rate, config.weight_decay)
@@ -94,6 +99,7 @@ def learn_masks(
     config: PruneConfig,
     generator: torch.Generator,
     progress: Progress,
+    how: Execution = MODULES,
 ) -> tuple[Tensor, Tensor, Trace]:
     """Masks that raise the suppressed model's clean accuracy while the model keeps its own; projected SGD on [0, 1].
 
@@ -107,7 +113,7 @@ def learn_masks(
     trace = Trace()
     progress.stage("masks", config.mask_steps)
     steps = _endless(lambda: data.batches(config.batch_size, generator, magnitude.device))
-    with masked(suppressed, sites, mask, batch_statistics=True), masked(model, sites, mask):
+    with masked(suppressed, sites, mask, batch_statistics=True, how=how), masked(model, sites, mask, how=how):
         for _ in range(config.mask_steps):
             images, labels = next(steps)
             logits = logits_of(model(images))
@@ -133,6 +139,7 @@ def finetune_(
     config: PruneConfig,
     generator: torch.Generator,
     progress: Progress,
+    how: Execution = MODULES,
 ) -> Trace:
     """Fine-tune a pruned model in place on clean pictures, BatchNorm statistics frozen, pruned neurons held at zero.
 
@@ -151,7 +158,7 @@ def finetune_(
     device = keep.device
     trace = Trace()
     progress.stage("fine-tune", config.finetune_epochs)
-    with masked(model, (), None), masked(teacher, (), None):
+    with masked(model, (), None, how=how), masked(teacher, sites, torch.ones(len(keep), device=device), how=how):
         for _ in range(config.finetune_epochs):
             losses, right = 0.0, 0.0
             for images, labels in data.batches(_finetune_batch(config), generator, device):
@@ -175,10 +182,17 @@ def finetune_(
 
 def predict(model: nn.Module, data: DefenceSet, batch_size: int, device: torch.device) -> Tensor:
     """Logits of the model as it is now for all of ``data``: (n, classes) float32, on the CPU."""
+    return torch.cat(list(predictions(model, data, batch_size, device)))
+
+
+def predictions(model: nn.Module, data: DefenceSet, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """The same batch by batch, each (b, classes) float32 on the CPU, computed when asked for."""
     if len(data) % batch_size == 1:
         batch_size += 1  # A last picture alone has no batch statistics.
-    with torch.no_grad():
-        return torch.cat([logits_of(model(x)).float().cpu() for x, _ in data.batches(batch_size, device=device)])
+    for images, _ in data.batches(batch_size, device=device):
+        with torch.no_grad():
+            logits = logits_of(model(images)).float().cpu()
+        yield logits
 
 
 def _finetune_batch(config: PruneConfig) -> int:

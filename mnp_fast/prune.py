@@ -20,7 +20,10 @@ from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
 from mnp_fast.detect import Evidence, verdict, weigh
 from mnp_fast.errors import ConfigError, ModelError
-from mnp_fast.masked import masked, prune_
+from mnp_fast.graph import capture
+from mnp_fast.masked import Execution, masked, prune_
+from mnp_fast.memory import kept
+from mnp_fast.ops.cpu_backend import usable_isas
 from mnp_fast.optimize import Trace, finetune_, learn_masks, predict, suppress_
 from mnp_fast.progress import Progress
 from mnp_fast.result import PruneResult, ScanResult
@@ -112,6 +115,8 @@ class _Run:
         self.plain = self.working_copy()
         self.sites = find_sites(self.plain, self.data.images[:2].to(self.device))
         self.magnitude = magnitude(self.plain, self.sites)
+        captured = capture(self.plain, self.sites, self.data.images[:2].to(self.device))
+        self.how = Execution(captured, product_dtype(self.config.precision, self.device))
         self.bar = Progress(self.progress)
 
     def working_copy(self) -> nn.Module:
@@ -125,6 +130,7 @@ class _Run:
         cuda = [self.device.index or 0] if self.device.type == "cuda" else []
         with (
             self.bar,
+            kept(),
             torch.random.fork_rng(devices=cuda),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -135,8 +141,8 @@ class _Run:
     def expose(self) -> tuple[nn.Module, Evidence]:
         with self.stage("suppress") as entry:
             suppressed = self.working_copy()
-            trace = suppress_(suppressed, self.learning, self.config, self.generator, self.bar)
-            with masked(suppressed, (), None, batch_statistics=True):
+            trace = suppress_(suppressed, self.learning, self.config, self.generator, self.bar, self.how)
+            with masked(suppressed, (), None, batch_statistics=True, how=self.how):
                 logits = predict(suppressed, self.data, self.config.batch_size, self.device)
             evidence = weigh(logits, self.data.labels)
             entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
@@ -145,7 +151,15 @@ class _Run:
     def learn_masks(self, suppressed: nn.Module) -> tuple[Tensor, Tensor]:
         with self.stage("masks") as entry:
             mask, order, trace = learn_masks(
-                self.plain, suppressed, self.sites, self.magnitude, self.learning, self.config, self.generator, self.bar
+                self.plain,
+                suppressed,
+                self.sites,
+                self.magnitude,
+                self.learning,
+                self.config,
+                self.generator,
+                self.bar,
+                self.how,
             )
             entry |= _ends(trace) | {"steps": len(trace.loss), "below_one": int((mask < 1).sum())}
         return mask, order
@@ -155,9 +169,9 @@ class _Run:
             self.bar.stage("select", None)
             target = verdict(evidence, self.config)[1]
             sets = select(
-                mask, order, self.plain, suppressed, self.sites, self.learning, self.held, target, self.config
+                mask, order, self.plain, suppressed, self.sites, self.learning, self.held, target, self.config, self.how
             )
-            with masked(self.plain, self.sites, sets[-1].keep.float()):
+            with masked(self.plain, self.sites, sets[-1].keep.float(), how=self.how):
                 entry |= self.held_back_metrics(self.plain)
             entry |= {
                 "sets": [int((~chosen.keep).sum()) for chosen in sets],
@@ -172,7 +186,7 @@ class _Run:
 
         The model is a copy in the precision, on the device and with the flags of the caller's.
         """
-        with masked(self.plain, (), None):
+        with masked(self.plain, (), None, how=self.how):
             before = self.held_back_metrics(self.plain)["accuracy"]
         for chosen in sets:
             working = self.finetuned(chosen.keep)
@@ -190,7 +204,7 @@ class _Run:
         if self.config.finetune_epochs and not bool(keep.all()):
             with self.stage("fine-tune") as entry:
                 trace = finetune_(
-                    working, self.plain, self.sites, keep, self.learning, self.config, self.generator, self.bar
+                    working, self.plain, self.sites, keep, self.learning, self.config, self.generator, self.bar, self.how
                 )
                 entry |= _ends(trace) | {"pruned": int((~keep).sum())}
         return working
@@ -226,6 +240,8 @@ class _Run:
             "seed": self.seed,
             "pictures": {"learning": len(self.learning), "held_back": len(self.held)},
             "config": asdict(self.config),
+            "graph": self.how.captured is not None and (self.how.captured.reason or "captured"),
+            "products": str(self.how.dtype or torch.float32).removeprefix("torch."),
         } | self.statistics()
 
     def result(
@@ -287,6 +303,15 @@ def compute_device(given: torch.device | str) -> torch.device:
             f"the device {given!r} cannot be used ({first}); give cpu, or a device that is there"
         ) from error
     return device
+
+
+def product_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """torch.bfloat16 where products are to run in it, None for float32. "auto": where the device has such products."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return torch.bfloat16 if device.type == "cpu" and "avx512_bf16" in usable_isas() else None
 
 
 def _peak_mb(device: torch.device) -> float:

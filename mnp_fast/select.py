@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet
-from mnp_fast.masked import masked
-from mnp_fast.optimize import predict
+from mnp_fast.masked import MODULES, Execution, masked
+from mnp_fast.optimize import predictions
 from mnp_fast.sites import Site
+
+_BATCH = 64
+"""Pictures between two looks at whether the answer is certain."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ def select(
     held: DefenceSet,
     suspected_target: int | None,
     config: PruneConfig,
+    how: Execution = MODULES,
 ) -> tuple[Selection, ...]:
     """The prune sets worth fine-tuning, the boldest first; the last is to be taken where those before cost too much.
 
@@ -54,28 +59,47 @@ def select(
     the paired drop less one standard error: a hundred held-back pictures alone let 9 points pass for 4.
     """
     candidates = int((mask < 1).sum())
+    kept = torch.ones_like(mask)
 
-    def logits(network: nn.Module, data: DefenceSet, count: int, batch_statistics: bool) -> Tensor:
-        kept = torch.ones_like(mask)
-        kept[order[:count]] = 0
-        with masked(network, sites, kept, batch_statistics=batch_statistics):
+    def cut(count: int) -> None:
+        kept.fill_(1.0)
+        kept[order[:count]] = 0.0
+
+    with ExitStack() as stack:
+        stack.enter_context(masked(model, sites, kept, how=how))
+        if suspected_target is not None:
+            stack.enter_context(masked(suppressed, sites, kept, batch_statistics=True, how=how))
+        both = (held, learning)
+        before = [torch.cat(list(_right(model, data, mask.device))) for data in both]
+
+        def dearer(limit: float, count: int) -> bool:
+            cut(count)
+            now = (right for data in both for right in _right(model, data, mask.device))
+            return drop_above(limit, before, now)
+
+        def let_go(count: int) -> bool:
+            cut(count)
+            seen, there, allowed = 0, 0, config.release_share * len(learning)
             # One size of batch for learning and selecting: batch statistics depend on it.
-            return predict(network, data, config.batch_size, mask.device)
+            for logits in predictions(suppressed, learning, config.batch_size, mask.device):
+                seen += len(logits)
+                there += int(logits.argmax(1).eq(suspected_target).sum())
+                if there > allowed or there + len(learning) - seen <= allowed:
+                    break
+            return there <= allowed
 
-    def right(count: int) -> tuple[Tensor, Tensor]:
-        on_held, on_learning = (logits(model, data, count, False).argmax(1) == data.labels for data in (held, learning))
-        return on_held, torch.cat([on_held, on_learning])
+        return _sets(mask, order, suspected_target, candidates, config, dearer, let_go)
 
-    unpruned = right(0)
 
-    def dearer(limit: float, count: int) -> bool:
-        drops = [paired_drop(was, now) for was, now in zip(unpruned, right(count), strict=True)]
-        return any(drop - error > limit for drop, error in drops)
-
-    def let_go(count: int) -> bool:
-        predicted = logits(suppressed, learning, count, True).argmax(1)
-        return float(predicted.eq(suspected_target or 0).float().mean()) <= config.release_share
-
+def _sets(
+    mask: Tensor,
+    order: Tensor,
+    suspected_target: int | None,
+    candidates: int,
+    config: PruneConfig,
+    dearer: Callable[[float, int], bool],
+    let_go: Callable[[int], bool],
+) -> tuple[Selection, ...]:
     low = int((mask <= config.threshold).sum())
     released = None
     if suspected_target is None:
@@ -101,15 +125,51 @@ def select(
     return tuple(selection(count) for count in dict.fromkeys(counts))
 
 
-def paired_drop(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """(drop, standard error) of accuracy between two runs on the same pictures; bool (n,) each, right or wrong.
+def _right(network: nn.Module, data: DefenceSet, device: torch.device) -> Iterator[Tensor]:
+    """Bool (b,) for each batch: right or wrong."""
+    start = 0
+    for logits in predictions(network, data, _BATCH, device):
+        yield logits.argmax(1) == data.labels[start : start + len(logits)]
+        start += len(logits)
+
+
+def drop_above(limit: float, before: Sequence[Tensor], now: Iterable[Tensor]) -> bool:
+    """Whether accuracy drops by more than ``limit`` on the first set of pictures, or on all sets together.
+
+    The drop is the paired one less its standard error. before: bool (n,) for each set, right or wrong; now: the same in
+    batches, set after set, read only until the answer is certain whatever the pictures that are left give.
+    """
+    n = [len(before[0]), sum(len(part) for part in before)]
+    was = torch.cat(list(before))
+    seen = 0
+    lost, won = [0, 0], [0, 0]
+    for right in now:
+        part = was[seen : seen + len(right)]
+        first = slice(0, max(0, n[0] - seen))
+        for i, where in enumerate((first, slice(None))):
+            lost[i] += int((part[where] & ~right[where]).sum())
+            won[i] += int((~part[where] & right[where]).sum())
+        seen += len(right)
+        best, worst = [], []
+        for i in range(2):
+            left = was[seen : n[i]]
+            could_lose = int(left.sum())
+            best.append(_drop(lost[i], won[i] + len(left) - could_lose, n[i]))
+            worst.append(_drop(lost[i] + could_lose, won[i], n[i]))
+        if any(drop > limit for drop in best):
+            return True
+        if all(drop <= limit for drop in worst):
+            return False
+    return False
+
+
+def _drop(lost: int, won: int, n: int) -> float:
+    """Paired drop of accuracy less its standard error; it grows with ``lost`` and falls with ``won``.
 
     The error is that of a paired difference (McNemar): pictures that both get right or wrong add no noise.
     """
-    n = len(before)
-    lost, won = int((before & ~after).sum()), int((~before & after).sum())
     drop = (lost - won) / n
-    return drop, math.sqrt(max(lost + won - n * drop * drop, 0.0)) / n
+    return drop - math.sqrt(max(lost + won - n * drop * drop, 0.0)) / n
 
 
 def _first(holds: Callable[[int], bool], last: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet
 from mnp_fast.masked import prune_
-from mnp_fast.select import Selection, _first, paired_drop, select
+from mnp_fast.select import Selection, _drop, _first, drop_above, select
 from mnp_fast.sites import find_sites
 
 CONFIG = PruneConfig(batch_size=40)
@@ -56,15 +57,53 @@ def test_bisection_where_the_answer_goes_up_and_down() -> None:
 )
 def test_paired_drop(before: str, after: str, drop: float, error: float) -> None:
     one, other = (torch.tensor([c == "1" for c in text]) for text in (before, after))
-    assert paired_drop(one, other) == pytest.approx((drop, error))
-    assert paired_drop(other, one) == pytest.approx((-drop, error))
+    lost, won = int((one & ~other).sum()), int((~one & other).sum())
+    assert _drop(lost, won, len(one)) == pytest.approx(drop - error)
+    assert _drop(won, lost, len(one)) == pytest.approx(-drop - error)
 
 
 def test_the_error_is_that_of_the_mean_of_differences() -> None:
     one, other = torch.rand(2, 500, generator=torch.Generator().manual_seed(0)) > 0.3
     differences = one.double() - other.double()
-    expected = float(differences.mean()), float(differences.std(correction=0)) / math.sqrt(500)
-    assert paired_drop(one, other) == pytest.approx(expected)
+    expected = float(differences.mean()) - float(differences.std(correction=0)) / math.sqrt(500)
+    assert _drop(int((one & ~other).sum()), int((~one & other).sum()), 500) == pytest.approx(expected)
+
+
+def dearest(before: list[Tensor], after: list[Tensor]) -> float:
+    """Drop less error on the first set or on all, whichever is more, from the differences themselves."""
+    differences = [was.double() - now.double() for was, now in zip(before, after, strict=True)]
+    parts = [differences[0], torch.cat(differences)]
+    return max(float(d.mean()) - float(d.std(correction=0)) / math.sqrt(len(d)) for d in parts)
+
+
+def test_the_error_grows_with_losses_and_falls_with_gains() -> None:
+    # What makes an early answer certain.
+    for n in (1, 2, 7, 30):
+        for lost in range(n + 1):
+            for won in range(n - lost):
+                assert _drop(lost, won + 1, n) <= _drop(lost, won, n) + 1e-12
+                assert _drop(lost + 1, won, n) >= _drop(lost, won, n) - 1e-12
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("limit", [0.0, 0.02, 0.05, 0.15])
+def test_an_early_answer_is_the_whole_answer(limit: float, batch: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    read = 0
+    for harm in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+        for _ in range(10):
+            before = [torch.rand(n, generator=generator) < 0.9 for n in (40, 160)]
+            after = [torch.where(torch.rand(len(b), generator=generator) < harm, ~b, b) for b in before]
+
+            def parts(after: list[Tensor] = after) -> Iterator[Tensor]:
+                nonlocal read
+                for data in after:
+                    for part in data.split(batch):
+                        read += len(part)
+                        yield part
+
+            assert drop_above(limit, before, parts()) == (dearest(before, after) > limit)
+    assert read < 0.8 * 70 * 200
 
 
 # ---------------------------------------------------------------- selection
@@ -122,8 +161,7 @@ class Case:
             [self.predictions(self.model, data, n, False) == data.labels for data in (self.held, self.learning)]
             for n in (0, count)
         ]
-        drops = [paired_drop(sets[0][0], sets[1][0]), paired_drop(torch.cat(sets[0]), torch.cat(sets[1]))]
-        return max(drop - error for drop, error in drops)
+        return dearest(*sets)
 
     def share(self, count: int, target: int) -> float:
         return float((self.predictions(self.suppressed, self.learning, count, True) == target).float().mean())
