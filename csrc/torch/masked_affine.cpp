@@ -1,77 +1,19 @@
 // The CPU kernels of masked_affine as torch operators. mnp_fast/ops/op_masked_affine.py holds the public op.
-#include "cpu/masked_affine.h"
+#include "torch/masked_affine.h"
 
-#include <numeric>
-#include <tuple>
 #include <vector>
 
-#include "torch/common.h"
+#include "torch/rows.h"
 
 namespace mnp_fast {
-namespace {
-
-using cpu::DType;
-using cpu::Isa;
-
-// As much as one thread should get at least: what at::parallel_for takes for its own elementwise kernels.
-constexpr int64_t kGrain = 32768;
-// Numbers in a unit of the backward where channels are inside: fixed, so that sums do not depend on the threads.
-constexpr int64_t kBlock = 65536;
-
-const cpu::MaskedAffineKernels& kernels(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa < cpu::kIsaCount && cpu::isa_usable(static_cast<Isa>(isa)),
-                  "this processor cannot run instruction set ", isa);
-  return MNP_CHOOSE_KERNELS(static_cast<Isa>(isa), masked_affine);
-}
-
-DType dtype_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu(), "x is not on the CPU");
-  if (x.scalar_type() == ScalarType::Float) return DType::float32;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x is neither float32 nor bfloat16");
-  return DType::bfloat16;
-}
-
-// How often the channels are repeated in a row: enough for whole vectors where there are few channels, at most `most`.
-int64_t repeats(int64_t channels, int64_t most) {
-  constexpr int64_t kVector = 16;
-  int64_t times = kVector / std::gcd(channels, kVector);
-  if (channels * times > 4096) return 1;
-  while (channels * times < 64) times *= 2;
-  return times <= most ? times : 1;
-}
-
-// a, b and center, each repeated to one row.
-struct Coefficients {
-  std::vector<float> values;
-  int64_t row;
-
-  Coefficients(const Tensor& x, const Tensor& mask, const Tensor& scale, const Tensor& center, const Tensor& shift,
-               int64_t channels, int64_t times)
-      : values(3 * channels * times), row(channels * times) {
-    const float* m = check_vector(mask, channels, x, "mask");
-    const float* s = check_vector(scale, channels, x, "scale");
-    const float* mean = check_vector(center, channels, x, "center");
-    const float* t = check_vector(shift, channels, x, "shift");
-    for (int64_t i = 0; i < row; ++i) {
-      const int64_t c = i % channels;
-      const float a = m[c] * s[c];
-      values[i] = a;
-      values[row + i] = t[c] - a * mean[c];
-      values[2 * row + i] = mean[c];
-    }
-  }
-  const float* a() const { return values.data(); }
-  const float* b() const { return values.data() + row; }
-  const float* center() const { return values.data() + 2 * row; }
-};
 
 Tensor masked_affine(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor shift, std::optional<Tensor> residual,
                      int64_t n, int64_t c, int64_t s, bool channels_last, bool relu, int64_t isa) {
   const Layout layout{n, c, s, channels_last};
   check_dense(x, layout.numel(), "x");
   if (residual.has_value()) check_like(*residual, x, "residual");
-  const auto& kernel = kernels(isa);
-  const DType dtype = dtype_of(x);
+  const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_affine);
+  const cpu::DType dtype = dtype_of(x);
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
 
@@ -103,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_affine_backward(Tensor grad, T
   check_dense(x, layout.numel(), "x");
   check_like(grad, x, "grad");
   if (y.has_value()) check_like(*y, x, "y");
-  const auto& kernel = kernels(isa);
-  const DType dtype = dtype_of(x);
+  const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_affine);
+  const cpu::DType dtype = dtype_of(x);
   Tensor grad_x = need_grad_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor grad_residual = need_grad_residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor sum_g = torch::stable::new_empty(mask, {n, c});
@@ -162,7 +104,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_affine_backward(Tensor grad, T
   return {grad_x, grad_residual, sum_g, sum_gx};
 }
 
-}  // namespace
 }  // namespace mnp_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mnp_fast_cpu, m) {

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnp_fast.errors import BackendError
 from mnp_fast.ops import registry
+from mnp_fast.ops.checks import check_act, check_tensors
 from mnp_fast.ops.layout import dense, like
 
 ACTIVATIONS = ("none", "relu")
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def masked_affine(
@@ -210,26 +209,5 @@ def _check(
     x: Tensor, vectors: tuple[Tensor, ...], others: tuple[Tensor | None, ...], channel_dim: int, act: str
 ) -> None:
     """`others`: tensors that must look like x."""
-    if channel_dim not in (1, -1):
-        raise BackendError(f"masked_affine: channel_dim must be 1 or -1, not {channel_dim}")
-    if act not in ACTIVATIONS:
-        raise BackendError(f"masked_affine: act must be one of {', '.join(ACTIVATIONS)}, not {act!r}")
-    shape, dtype, device = x.shape, x.dtype, x.device
-    if len(shape) < 2:
-        raise BackendError(f"masked_affine: x must have samples and channels, not the shape {tuple(shape)}")
-    if not dtype.is_floating_point:
-        raise BackendError(f"masked_affine: x must be float32, bfloat16 or float16, not {dtype}")
-    wanted = torch.float32 if dtype in _LOW_PRECISION else dtype
-    channels = shape[channel_dim]
-    for name, vector in zip(("mask", "scale", "center", "shift"), vectors, strict=True):
-        if vector.shape != (channels,) or vector.dtype != wanted or vector.device != device:
-            raise BackendError(
-                f"masked_affine: {name} must be {wanted} of shape ({channels},) on {device}, to go with x of shape "
-                f"{tuple(shape)}; it is {vector.dtype} of shape {tuple(vector.shape)} on {vector.device}"
-            )
-    for other in others:
-        if other is not None and (other.shape != shape or other.dtype != dtype or other.device != device):
-            raise BackendError(
-                f"masked_affine: residual, gradient and output must be like x, {dtype} of shape {tuple(shape)} on "
-                f"{device}; one is {other.dtype} of shape {tuple(other.shape)} on {other.device}"
-            )
+    check_act("masked_affine", act, ACTIVATIONS)
+    check_tensors("masked_affine", x, ("mask", "scale", "center", "shift"), vectors, others, channel_dim)
