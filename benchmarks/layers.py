@@ -80,7 +80,7 @@ class MaskedWeight(nn.Module):
         self.site, self.mask = site, mask
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * _spread(self.site, weight, self.mask)
+        return weight * spread(self.site, weight, self.mask)
 
 
 def rewrite(
@@ -124,13 +124,14 @@ def reference(
     for site in sites:
         name = f"{site.path}.{site.parameter}".removeprefix(".")
         part = leaf[site.offset : site.offset + site.neurons]
-        weights[name] = weights[name] * _spread(site, weights[name], part)
+        weights[name] = weights[name] * spread(site, weights[name], part)
     loss = F.cross_entropy(functional_call(net, weights, (images,)), labels)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return float(loss.detach()), gradient
 
 
-def _spread(site: Site, weight: Tensor, vector: Tensor) -> Tensor:
+def spread(site: Site, weight: Tensor, vector: Tensor) -> Tensor:
+    """``vector`` (neurons,) shaped so that it broadcasts over the weight of the site."""
     if site.kind in ("mlp", "heads"):
         return vector.repeat_interleave(site.repeat)
     return vector.view(-1, *[1] * (weight.dim() - 1))

@@ -15,7 +15,7 @@ from benchmarks.options import BESIDE_OTHERS
 Row = dict[str, Any]
 
 FOLDER = Path(__file__).resolve().parent / "results"
-IDENTITY = ("op", "case", "quantity", "arch", "shape", "memory", "size", "batch", "dtype", "threads", "provider")
+IDENTITY = ("op", "case", "quantity", "arch", "shape", "memory", "size", "pictures", "batch", "dtype", "threads", "provider")
 """What tells rows of one file apart; each benchmark has some of them."""
 
 
