@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m benchmarks.ops`, `step`, `end_to_end`, `stats`, `zoo`, `demo`; `python -m benchmarks.plot` shows them."""
+"""Measurements, each run by `python -m benchmarks.NAME`; `python -m benchmarks.plot` shows the results."""
 
 import os
 

@@ -5,10 +5,11 @@
 The network is random, its last layer fitted by ridge regression on its features of the pictures, which are random and
 depend on their class. mnp_fast runs whole. The others make a few real steps of every stage, whose mean is multiplied by
 the number of steps that the mnp_fast run has made ("extrapolated": true); --full makes all of them. Windows that
-suppression took back are not counted, and preparation, which only the time of mnp_fast contains, is left out: both are
-in favour of the others. torch_compile: computes in --dtype, and its total counts compiling. On CUDA peak memory is that
-of the whole run; on a CPU see benchmarks.step. Compared with a reference: loss and gradient of the first step of mask
-learning; the exit status is 1 where they differ.
+suppression took back, a few evaluations of held-back pictures alone, and preparation are in the time of mnp_fast only:
+all in favour of the others. torch_compile: computes in --dtype, and its total counts compiling. On CUDA peak memory is
+that of the whole run; on a CPU see benchmarks.step. Compared with a reference: loss and, in float32, gradient of the
+first step of mask learning; the exit status is 1 where they differ. In bfloat16 the gradient of a random network on
+batch statistics says nothing: plain autocast is off by .4 (resnet18) to 1.2 (resnet50).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ import mnp_fast
 from benchmarks import options, results_file
 from benchmarks.environment import environment
 from benchmarks.models import network
-from benchmarks.providers import TOLERANCE
-from benchmarks.published import Counts, Stages, mask_objective, relative_errors, timed
+from benchmarks.providers import GRADIENT_TOLERANCE, LOSS_TOLERANCE, relative_errors
+from benchmarks.published import Counts, Stages, mask_objective, timed
 from benchmarks.tables import console, number, ratio, table, verdict
 from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
@@ -114,7 +115,7 @@ def measure(arch: str, model: nn.Module, data: tuple[Tensor, Tensor], args: argp
     result = mnp_fast.prune(model, loader, config, progress=False)
     seconds = time.perf_counter() - start
     learning, held = DefenceSet(*data).split(config.held_back, torch.Generator().manual_seed(0))
-    counts = counts_of(result.history, result.suspected_target, learning, held, config)
+    counts = counts_of(result.history, result.suspected_target, learning, config)
     sites = find_sites(model, data[0][:2].to(device))
     ours: Row = {**common, "provider": "mnp_fast", "computes_in": "float32", "extrapolated": False}
     ours |= {"stages_s": {name: _seconds(result.history, name) for name in STAGES}}
@@ -148,9 +149,7 @@ def run(stages: Stages, counts: Counts, sample: int, *, full: bool) -> Row:
     row: Row = {"extrapolated": not full, "measured_steps": measured}
     row |= {"stages_s": {name: round(value, 2) for name, value in seconds.items()}}
     row |= {"compile_s": round(compile_s, 2)}
-    tolerance = TOLERANCE[stages.dtype]
-    loss_error, gradient_error = stages.errors()
-    row |= _match(loss_error, gradient_error, tolerance.loss, tolerance.gradient)
+    row |= _match(*stages.errors(), stages.dtype)
     return row | _total(sum(seconds.values()) + compile_s)
 
 
@@ -166,8 +165,7 @@ def own_check(model: nn.Module, sites: Sequence[Site], learning: DefenceSet, con
     loss = eliminate_and_preserve(suppressed, logits, labels, config.alpha)
     (gradient,) = torch.autograd.grad(loss, mask)
     expected = mask_objective(model, model, sites, images, labels, config.alpha, False)
-    tolerance = TOLERANCE[torch.float32]
-    return _match(*relative_errors(float(loss.detach()), gradient, *expected), tolerance.loss, tolerance.gradient)
+    return _match(*relative_errors(float(loss.detach()), gradient, *expected), torch.float32)
 
 
 # ---------------------------------------------------------------- counting
@@ -175,7 +173,6 @@ def counts_of(
     history: Sequence[Mapping[str, Any]],
     suspected_target: int | None,
     learning: DefenceSet,
-    held: DefenceSet,
     config: PruneConfig,
 ) -> Counts:
     """Steps of a run, from its history."""
@@ -201,7 +198,6 @@ def counts_of(
         exposed=1,
         masks=by["masks"]["steps"],
         plain=plain,
-        held=2 + max(1, repairs),
         suppressed=suppressed,
         finetune=finetune,
     )
@@ -231,11 +227,12 @@ def _total(seconds: float) -> Row:
     )
 
 
-def _match(loss_error: float, gradient_error: float, loss: float, gradient: float) -> Row:
+def _match(loss_error: float, gradient_error: float, dtype: torch.dtype) -> Row:
+    gradient_counts = dtype == torch.float32
     return {
         "loss_error": float(f"{loss_error:.3g}"),
         "gradient_error": float(f"{gradient_error:.3g}"),
-        "match": loss_error <= loss and gradient_error <= gradient,
+        "match": loss_error <= LOSS_TOLERANCE[dtype] and (gradient_error <= GRADIENT_TOLERANCE or not gradient_counts),
     }
 
 

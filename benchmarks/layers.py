@@ -2,7 +2,7 @@
 
 `rewrite` replaces the layers of a network by masked ones, in one of two ways:
 
-- ``on_weights``, as the published code of ANP and RNP does it: the mask multiplies gamma or the filters in each forward;
+- ``on_weights``, as the published code of ANP and RNP does: the mask multiplies gamma or the filters in each forward;
 - else as one would tune it with weights frozen: outputs of convolutions are multiplied, since the gradient of a mask on
   filters is as dear as that of the filters.
 
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import register_parametrization
 
 from mnp_fast.sites import Site, site_parameter
 
 
 class MaskedBatchNorm(nn.Module):
-    """BatchNorm with mask * gamma. In training mode the statistics of the batch; ``track``: running ones follow them."""
+    """BatchNorm with mask * gamma. In training mode on statistics of the batch; ``track``: running ones follow them."""
 
     def __init__(self, norm: _BatchNorm, mask: nn.Parameter, track: bool) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class MaskedBatchNorm(nn.Module):
 class MaskedOutput(nn.Module):
     """A convolution whose output is multiplied: mask * (y - bias) + bias."""
 
-    def __init__(self, conv: nn.Module, mask: nn.Parameter) -> None:
+    def __init__(self, conv: _ConvNd, mask: nn.Parameter) -> None:
         super().__init__()
         self.conv, self.mask = conv, mask
 
@@ -59,17 +59,20 @@ class MaskedOutput(nn.Module):
         return out + (self.conv.bias.view_as(mask) * (1 - mask)).to(y.dtype)
 
 
-class MaskedInput(nn.Module):
-    """A linear layer on hidden units or heads times the mask; a neuron owns ``repeat`` columns."""
+class MaskedInput(nn.Linear):
+    """A linear layer on hidden units or heads times the mask; a neuron owns ``repeat`` columns.
+
+    Still a linear layer to those that read its weight, as torch's encoder layer does.
+    """
 
     def __init__(self, linear: nn.Linear, mask: nn.Parameter, repeat: int) -> None:
-        super().__init__()
-        self.linear, self.mask, self.repeat = linear, mask, repeat
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.mask, self.repeat = mask, repeat
 
     def forward(self, x: Tensor) -> Tensor:
         mask = self.mask if self.repeat == 1 else self.mask.repeat_interleave(self.repeat)
-        out: Tensor = self.linear(x * mask.to(x.dtype))
-        return out
+        return F.linear(x * mask.to(x.dtype), self.weight, self.bias)
 
 
 class MaskedWeight(nn.Module):
@@ -83,19 +86,16 @@ class MaskedWeight(nn.Module):
         return weight * spread(self.site, weight, self.mask)
 
 
-def rewrite(
-    model: nn.Module, sites: Sequence[Site], masks: Sequence[nn.Parameter], *, on_weights: bool
-) -> nn.Module:
+def rewrite(model: nn.Module, sites: Sequence[Site], masks: Sequence[nn.Parameter], *, on_weights: bool) -> nn.Module:
     """A copy of ``model`` with a mask at every site, masks[i] of shape (sites[i].neurons,)."""
     net = copy.deepcopy(model)
     for site, mask in zip(sites, masks, strict=True):
         module, _ = site_parameter(net, site.path, site.parameter)
         if isinstance(module, _ConvTransposeNd):
             raise SystemExit(f"{site.path}: transposed convolutions have no baseline")
-        plain_norm = isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward
-        if plain_norm:
+        if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
             net.set_submodule(site.path, MaskedBatchNorm(module, mask, track=on_weights))
-        elif site.kind == "conv" and not site.functional and not on_weights:
+        elif isinstance(module, _ConvNd) and site.kind == "conv" and not site.functional and not on_weights:
             net.set_submodule(site.path, MaskedOutput(module, mask))
         elif isinstance(module, nn.Linear) and not site.functional and site.kind in ("mlp", "heads"):
             net.set_submodule(site.path, MaskedInput(module, mask, site.repeat))

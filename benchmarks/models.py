@@ -64,7 +64,7 @@ def of_model(arch: str, model: nn.Module, images: Tensor, seed: int = 0) -> Work
 
 
 def randomize_(model: nn.Module) -> nn.Module:
-    """Statistics and gains a little off what a fresh network has, and no layer that is zero; draws from torch's state."""
+    """Statistics and gains a little off what a fresh network has, and no layer that is zero; draws from torch."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:

@@ -1,8 +1,8 @@
 """The stages of a whole run in plain torch, in two styles, as baselines of `mnp_fast.prune`.
 
-published: float32, contiguous NCHW, a parameter of masks a layer, BatchNorm of both networks in training mode while masks
-are learned, weights not frozen. torch_compile: channels_last, autocast, weights frozen while masks are learned, running
-statistics in the clean network, forward and loss compiled. Objectives, batches, rates and clipping are those of
+published: float32, contiguous NCHW, a parameter of masks a layer, BatchNorm of both networks in training mode while
+masks are learned, weights not frozen. torch_compile: channels_last, autocast, weights frozen while masks are learned,
+running statistics in the clean network, forward and loss compiled. Objectives, batches, rates and clipping are those of
 mnp_fast's configuration; how many steps a stage makes is the caller's, so that two styles make equally many.
 """
 
@@ -20,7 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.layers import reference, rewrite, spread, use_batch_statistics_
-from benchmarks.providers import DECAY, PENALTY, RATE, autocast, frozen, in_channels_last, split
+from benchmarks.providers import (
+    DECAY,
+    PENALTY,
+    RATE,
+    autocast,
+    frozen,
+    in_channels_last,
+    relative_errors,
+    split,
+    to_channels_last,
+)
 from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
 from mnp_fast.objectives import penalty_gradient, repair_loss
@@ -54,15 +64,14 @@ class Counts:
     """Steps of each kind in one run of mnp_fast.prune.
 
     suppress: of ascent; exposed: evaluations of the suppressed network on all pictures; masks: of mask learning;
-    plain, held, suppressed: evaluations of prune sets on the clean network (learning and held-back pictures), on it
-    (held-back pictures alone), and on the suppressed network (learning pictures); finetune: of fine-tuning.
+    plain, suppressed: evaluations of prune sets, on the clean network (learning and held-back pictures) and on the
+    suppressed network (learning pictures); finetune: of fine-tuning.
     """
 
     suppress: int
     exposed: int
     masks: int
     plain: int
-    held: int
     suppressed: int
     finetune: int
 
@@ -98,7 +107,6 @@ class Stages:
         del clean
         yield self._masks(counts.masks)
         yield Part("select", self._evaluation(self.masked, [self.learning, self.held]), 1, counts.plain)
-        yield Part("select", self._evaluation(self.masked, [self.held]), 1, counts.held)
         yield Part("select", self._evaluation(self.masked_exposed, [self.learning]), 1, counts.suppressed)
         yield self._finetune(counts.finetune)
 
@@ -116,7 +124,7 @@ class Stages:
         def step() -> None:
             images, labels = next(batches)
             optimizer.zero_grad()
-            (-loss_of(images, labels)).backward()  # type: ignore[no-untyped-call]
+            (-loss_of(images, labels)).backward()
             gradients = [p.grad for p in parameters if p.grad is not None]
             length = torch.nn.utils.get_total_norm(gradients).clamp_min(1e-12)
             torch._foreach_div_(gradients, length)
@@ -209,7 +217,7 @@ class Stages:
         def step() -> None:
             images, labels = next(batches)
             optimizer.zero_grad()
-            run(images, labels).backward()  # type: ignore[no-untyped-call]
+            run(images, labels).backward()
             torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
             optimizer.step()
             schedule.step()
@@ -227,7 +235,7 @@ class Stages:
             self.first_batch = images, labels
 
     def errors(self) -> tuple[float, float]:
-        """(relative error of the loss, of the gradient in L2) of the first step of mask learning against a reference."""
+        """(relative error of the loss, of the gradient in L2) of the first step of mask learning."""
         assert self.mask_gradient is not None
         expected = mask_objective(
             self.model, self.exposed, self.sites, *self.first_batch, self.config.alpha, not self.compiled
@@ -237,7 +245,7 @@ class Stages:
     # ------------------------------------------------------------ pieces
     def _copy(self, model: nn.Module) -> nn.Module:
         net = copy.deepcopy(model).eval().requires_grad_(True)
-        return net.to(memory_format=torch.channels_last) if self.compiled else net
+        return to_channels_last(net) if self.compiled else net
 
     def _images(self, images: Tensor) -> Tensor:
         return in_channels_last(images) if self.compiled else images
@@ -281,11 +289,6 @@ def mask_objective(
     ]
     (loss, gradient), (clean_loss, clean_gradient) = terms
     return alpha * loss + (1 - alpha) * clean_loss, alpha * gradient + (1 - alpha) * clean_gradient
-
-
-def relative_errors(loss: float, gradient: Tensor, expected_loss: float, expected: Tensor) -> tuple[float, float]:
-    """(of the loss, of the gradient in L2)."""
-    return abs(loss - expected_loss) / abs(expected_loss), float((gradient - expected).norm() / expected.norm())
 
 
 def timed(part: Part, device: torch.device, *, sample: int | None, compiled: bool) -> Timed:

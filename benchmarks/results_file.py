@@ -15,7 +15,20 @@ from benchmarks.options import BESIDE_OTHERS
 Row = dict[str, Any]
 
 FOLDER = Path(__file__).resolve().parent / "results"
-IDENTITY = ("op", "case", "quantity", "arch", "shape", "memory", "size", "pictures", "batch", "dtype", "threads", "provider")
+IDENTITY = (
+    "op",
+    "case",
+    "quantity",
+    "arch",
+    "shape",
+    "memory",
+    "size",
+    "pictures",
+    "batch",
+    "dtype",
+    "threads",
+    "provider",
+)
 """What tells rows of one file apart; each benchmark has some of them."""
 
 
@@ -32,7 +45,7 @@ def save(file: Path, benchmark: str, environment: Mapping[str, Any], rows: Seque
     """
     if str(file) == BESIDE_OTHERS:
         file = FOLDER / benchmark / f"{environment_key(environment)}.json"
-    old = load(file) if file.exists() else {"environment": environment, "rows": []}
+    old: dict[str, Any] = load(file) if file.exists() else {"environment": environment, "rows": []}
     if not same_environment(old["environment"], environment):
         raise SystemExit(f"{file} was measured in another environment: name another file")
     new = {_identity(row) for row in rows}

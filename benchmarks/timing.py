@@ -14,7 +14,7 @@ Call = Callable[[], Any]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` in [0, 1] of ``values`` lies, linear between neighbours. No values: ValueError."""
+    """The value below which ``share`` in [0, 1] of ``values`` lies, linear between neighbours; ValueError for none."""
     if not values:
         raise ValueError("a percentile needs at least one value")
     ordered = sorted(values)
