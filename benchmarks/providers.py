@@ -100,6 +100,8 @@ class Tuned:
         # Views of one tensor: gradients come one a layer, and the update is one for all.
         self.masks = split(self.flat, work.sites)
         self.net = frozen(rewrite(work.model, work.sites, self.masks, on_weights=False), self.masks)
+        if not compiled:
+            _let_projections_fold_(self.net)
         self.images = in_channels_last(work.images)
         self.momentum = torch.zeros_like(self.flat)
         self.pull = penalty_gradient(work.magnitude, PENALTY)
@@ -284,6 +286,17 @@ def frozen(net: nn.Module, masks: Sequence[nn.Parameter]) -> nn.Module:
     for mask in masks:
         mask.requires_grad_(True)
     return net
+
+
+def _let_projections_fold_(net: nn.Module) -> None:
+    """Input projections of torch's attention take a gradient, which is asked for by nobody and so not computed.
+
+    Eager torch multiplies a frozen weight with their transposed input by bmm rather than mm: on a CPU in bfloat16 a
+    step of ViT-B/16 then took 8.2 s instead of 0.45 s (batch 2, two cores).
+    """
+    for module in net.modules():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            module.in_proj_weight.requires_grad_(True)
 
 
 def to_channels_last(net: nn.Module) -> nn.Module:
