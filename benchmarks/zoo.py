@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mnp_fast
-from benchmarks.environment import environment
+from benchmarks.environment import environment, same_environment
 
 TEST = 2000
 
@@ -82,7 +82,7 @@ def append(file: Path, row: dict[str, Any]) -> None:
     """Add a row to a results file, in place of one with the same key."""
     here = environment()
     content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"environment": here, "rows": []}
-    if content["environment"] != here:
+    if not same_environment(content["environment"], here):
         raise SystemExit(f"{file} was measured in another environment; name another file")
     key = ("case", "seed", "pictures")
     rows = [old for old in content["rows"] if any(old[k] != row[k] for k in key)]

@@ -1,38 +1,12 @@
 // The CPU kernels of masked_affine as torch operators. mnp_fast/ops/op_masked_affine.py holds the public op.
-#include "cpu/masked_affine.h"
+#include "torch/masked_affine.h"
 
-#include <tuple>
 #include <vector>
 
+#include "cpu/masked_affine.h"
 #include "torch/rows.h"
 
 namespace mnp_fast {
-namespace {
-
-// a, b and center, each repeated to `entries` numbers.
-struct Coefficients {
-  std::vector<float> values;
-  int64_t row;
-
-  Coefficients(const Tensor& x, const Tensor& mask, const Tensor& scale, const Tensor& center, const Tensor& shift,
-               int64_t channels, int64_t entries)
-      : values(3 * entries), row(entries) {
-    const float* m = check_vector(mask, channels, x, "mask");
-    const float* s = check_vector(scale, channels, x, "scale");
-    const float* mean = check_vector(center, channels, x, "center");
-    const float* t = check_vector(shift, channels, x, "shift");
-    for (int64_t i = 0; i < row; ++i) {
-      const int64_t c = i % channels;
-      const float a = m[c] * s[c];
-      values[i] = a;
-      values[row + i] = t[c] - a * mean[c];
-      values[2 * row + i] = mean[c];
-    }
-  }
-  const float* a() const { return values.data(); }
-  const float* b() const { return values.data() + row; }
-  const float* center() const { return values.data() + 2 * row; }
-};
 
 Tensor masked_affine(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor shift, std::optional<Tensor> residual,
                      int64_t n, int64_t c, int64_t s, bool channels_last, bool relu, int64_t isa) {
@@ -98,7 +72,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_affine_backward(Tensor grad, T
   return {grad_x, grad_residual, sum_g, sum_gx};
 }
 
-}  // namespace
 }  // namespace mnp_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mnp_fast_cpu, m) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <numeric>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/rows.h"
@@ -87,6 +88,32 @@ struct SampleSums {
       out[i] = total;
     }
   }
+};
+
+// a, b and center, each repeated to `entries` numbers.
+struct Coefficients {
+  std::vector<float> values;
+  int64_t row;
+
+  Coefficients(const Tensor& x, const Tensor& mask, const Tensor& scale, const Tensor& center, const Tensor& shift,
+               int64_t channels, int64_t entries)
+      : values(3 * entries), row(entries) {
+    const float* m = check_vector(mask, channels, x, "mask");
+    const float* s = check_vector(scale, channels, x, "scale");
+    const float* mean = check_vector(center, channels, x, "center");
+    const float* t = check_vector(shift, channels, x, "shift");
+    for (int64_t i = 0; i < row; ++i) {
+      const int64_t c = i % channels;
+      const float a = m[c] * s[c];
+      values[i] = a;
+      // Rounded once: where a*center is large, what is left of a*x + b is small.
+      values[row + i] = static_cast<float>(t[c] - static_cast<double>(a) * mean[c]);
+      values[2 * row + i] = mean[c];
+    }
+  }
+  const float* a() const { return values.data(); }
+  const float* b() const { return values.data() + row; }
+  const float* center() const { return values.data() + 2 * row; }
 };
 
 }  // namespace mnp_fast

@@ -5,6 +5,16 @@ Importing this package needs torch alone: kernels are looked for when an op is f
 
 from mnp_fast.ops.op_masked_act import masked_act
 from mnp_fast.ops.op_masked_affine import masked_affine
+from mnp_fast.ops.op_masked_batch_norm import masked_batch_norm
 from mnp_fast.ops.registry import BACKENDS, available, force_backend, force_cpu_isa, why_not
 
-__all__ = ["BACKENDS", "available", "force_backend", "force_cpu_isa", "masked_act", "masked_affine", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "available",
+    "force_backend",
+    "force_cpu_isa",
+    "masked_act",
+    "masked_affine",
+    "masked_batch_norm",
+    "why_not",
+]

@@ -93,6 +93,54 @@ def masked_affine_backward(
     return result
 
 
+def masked_batch_norm(
+    x: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    layout: Layout,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.mnp_fast_cpu.masked_batch_norm.default(
+        x, mask, weight, bias, residual, *layout, eps, act == "relu", _isa(registry.requested_cpu_isa())
+    )
+    return result
+
+
+def masked_batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    layout: Layout,
+    act: str,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.mnp_fast_cpu.masked_batch_norm_backward.default(
+        grad,
+        x,
+        y,
+        mask,
+        weight,
+        bias,
+        mean,
+        rstd,
+        *layout,
+        act == "relu",
+        need_grad_x,
+        need_grad_residual,
+        _isa(registry.requested_cpu_isa()),
+    )
+    return result
+
+
 @cache
 def _isa(requested: str) -> int:
     module = native.info_module()

@@ -96,6 +96,54 @@ def masked_affine_backward(
     return result
 
 
+def masked_batch_norm(
+    x: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    layout: Layout,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.mnp_fast_cuda.masked_batch_norm.default(
+        x, mask, weight, bias, residual, *layout, eps, act == "relu", _stream(x)
+    )
+    return result
+
+
+def masked_batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    layout: Layout,
+    act: str,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.mnp_fast_cuda.masked_batch_norm_backward.default(
+        grad,
+        x,
+        y,
+        mask,
+        weight,
+        bias,
+        mean,
+        rstd,
+        *layout,
+        act == "relu",
+        need_grad_x,
+        need_grad_residual,
+        _stream(x),
+    )
+    return result
+
+
 def _stream(x: Tensor) -> int:
     # The stable interface has had the native stream since torch 2.13 only, so it is handed over from here.
     stream: int = torch.cuda.current_stream(x.device).cuda_stream

@@ -107,6 +107,54 @@ def masked_affine_backward(
     return grad_x, grad_residual, g.sum(positions), (g * centered).sum(positions)
 
 
+def masked_batch_norm(
+    x: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    layout: Layout,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _memory(x, layout).to(mask.dtype)
+    variance, mean = torch.var_mean(wide, (0, 1 if layout.channels_last else 2), correction=0)
+    rstd = torch.rsqrt(variance + eps)
+    return masked_affine(x, mask, weight * rstd, mean, bias, residual, layout, act), mean, rstd
+
+
+def masked_batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    layout: Layout,
+    act: str,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = _memory(grad, layout).to(mask.dtype)
+    if act == "relu":
+        sign = _affine(x, mask, weight * rstd, mean, bias, layout) if y is None else _memory(y, layout)
+        g = g.masked_fill(sign <= 0, 0)
+    xhat = (_memory(x, layout).to(mask.dtype) - _vector(mean, layout)) * _vector(rstd, layout)
+    positions = 1 if layout.channels_last else 2
+    grad_x, grad_residual = x.new_empty(0), x.new_empty(0)
+    if need_grad_x:
+        grad_x = torch.empty_like(x)
+        mean_g, mean_gx = g.mean((0, positions)), (g * xhat).mean((0, positions))
+        centered = g - _vector(mean_g, layout) - xhat * _vector(mean_gx, layout)
+        _memory(grad_x, layout).copy_(centered * _vector(mask * weight * rstd, layout))
+    if need_grad_residual:
+        grad_residual = torch.empty_like(x)
+        _memory(grad_residual, layout).copy_(g)
+    return grad_x, grad_residual, g.sum(positions), (g * xhat).sum(positions)
+
+
 def _affine(x: Tensor, mask: Tensor, scale: Tensor, center: Tensor, shift: Tensor, layout: Layout) -> Tensor:
     a = mask * scale
     b = shift - a * center

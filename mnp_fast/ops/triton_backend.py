@@ -90,3 +90,39 @@ def masked_affine_backward(
     from mnp_fast.ops import triton_masked_affine as kernels
 
     return kernels.backward(grad, x, y, mask, scale, center, shift, layout, act, need_grad_x, need_grad_residual)
+
+
+def masked_batch_norm(
+    x: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    layout: Layout,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mnp_fast.ops import triton_masked_batch_norm as kernels
+
+    return kernels.forward(x, mask, weight, bias, residual, layout, eps, act)
+
+
+def masked_batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    layout: Layout,
+    act: str,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from mnp_fast.ops import triton_masked_batch_norm as kernels
+
+    return kernels.backward(
+        grad, x, y, mask, weight, bias, mean, rstd, layout, act, need_grad_x, need_grad_residual
+    )

@@ -138,26 +138,28 @@ def collect(y: Tensor, x: Tensor, vectors: list[Tensor], residual: Tensor | None
     return found
 
 
+def case_tensor(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
+    """Normal random numbers of the case's shape and memory."""
+    values = torch.randn(case.shape, generator=generator).to(dtype)
+    if case.memory == "channels_last":
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        values = values.to(memory_format=formats[len(case.shape)])
+    elif case.memory == "strided":
+        # Every second number of something larger, which starts one number into its memory.
+        values = (
+            torch.stack((values, values), -1)
+            .flatten()[1:]
+            .as_strided(case.shape, [2 * stride for stride in values.stride()])
+        )
+    return values.to(device)
+
+
 def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     channels = case.shape[case.channel_dim]
 
-    def tensor() -> Tensor:
-        values = torch.randn(case.shape, generator=generator).to(dtype)
-        if case.memory == "channels_last":
-            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-            values = values.to(memory_format=formats[len(case.shape)])
-        elif case.memory == "strided":
-            # Every second number of something larger, which starts one number into its memory.
-            values = (
-                torch.stack((values, values), -1)
-                .flatten()[1:]
-                .as_strided(case.shape, [2 * stride for stride in values.stride()])
-            )
-        return values.to(device)
-
-    x, grad = tensor(), tensor()
-    residual = tensor() if case.residual else None
+    x, grad = (case_tensor(case, dtype, device, generator) for _ in range(2))
+    residual = case_tensor(case, dtype, device, generator) if case.residual else None
     mask = torch.rand(channels, generator=generator)
     mask[::3] = 0.0
     vectors = [mask, *(torch.randn(channels, generator=generator) for _ in range(3))]

@@ -1,0 +1,268 @@
+"""A whole run of `mnp_fast.prune`, against the same algorithm in published style and with torch.compile.
+
+    python -m benchmarks.end_to_end [--arch resnet50] [--pictures 256] [--full] [--device cpu|cuda] [--json [FILE]]
+
+The network is random, its last layer fitted by ridge regression on its features of the pictures, which are random and
+depend on their class. mnp_fast runs whole. The others make a few real steps of every stage, whose mean is multiplied by
+the number of steps that the mnp_fast run has made ("extrapolated": true); --full makes all of them. Windows that
+suppression took back, a few evaluations of held-back pictures alone, and preparation are in the time of mnp_fast only:
+all in favour of the others. torch_compile: computes in --dtype, and its total counts compiling. On CUDA peak memory is
+that of the whole run; on a CPU see benchmarks.step. Compared with a reference: loss and, in float32, gradient of the
+first step of mask learning; the exit status is 1 where they differ. In bfloat16 the gradient of a random network on
+batch statistics says nothing: plain autocast is off by .4 (resnet18) to 1.2 (resnet50).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import mnp_fast
+from benchmarks import options, results_file
+from benchmarks.environment import environment
+from benchmarks.models import network
+from benchmarks.providers import GRADIENT_TOLERANCE, LOSS_TOLERANCE, relative_errors
+from benchmarks.published import Counts, Stages, mask_objective, timed
+from benchmarks.tables import console, number, ratio, table, verdict
+from mnp_fast import PruneConfig
+from mnp_fast.data import DefenceSet, logits_of
+from mnp_fast.masked import masked
+from mnp_fast.objectives import eliminate_and_preserve
+from mnp_fast.sites import Site, find_sites
+from mnp_fast.stats import magnitude
+
+Row = dict[str, Any]
+
+CLASSES = 10
+STAGES = ("suppress", "masks", "select", "fine-tune")
+NAMES = ("published", "torch_compile", "mnp_fast")
+
+
+def main() -> int:
+    """Measure every architecture; 1 where a provider does not match."""
+    parser = options.parser(__doc__, repeats=3, arch="resnet50", batch=PruneConfig.batch_size)
+    options.add_threads(parser)
+    parser.add_argument("--provider", action="append", choices=NAMES[:2], help="baselines (default: both)")
+    parser.add_argument("--pictures", type=int, default=256, help="default: 256; a fifth is held back")
+    parser.add_argument("--full", action="store_true", help="run all steps of the baselines, too")
+    args = parser.parse_args()
+    device = options.device_of(args)
+    torch.set_num_threads(args.threads)
+    out = console()
+    found = []
+    for arch in args.arch or ["resnet50"]:
+        model, size = network(arch, args.size, CLASSES)
+        data = pictures(args.pictures, size)
+        fit_head_(model, *data)
+        rows = measure(arch, model.to(device), data, args)
+        out.print(show(rows))
+        found += rows
+        if args.json:
+            used = environment(args.device, [args.threads])
+            out.print(f"written to {results_file.save(args.json, 'end_to_end', used, rows)}")
+    return 0 if all(row["match"] for row in found) else 1
+
+
+# ---------------------------------------------------------------- the input
+def pictures(count: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(images, labels): a coarse random pattern a class, and noise on it."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = F.interpolate(torch.randn(CLASSES, 3, 8, 8, generator=generator), size=size, mode="bilinear")
+    labels = torch.arange(count) % CLASSES
+    return patterns[labels] + 0.5 * torch.randn(count, 3, size, size, generator=generator), labels
+
+
+@torch.no_grad()
+def fit_head_(model: nn.Module, images: Tensor, labels: Tensor, strength: float = 1e-2) -> None:
+    """The last linear layer by ridge regression of one-hot labels on its inputs, centred; deterministic."""
+    head = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES][-1]
+    found: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].double()))
+    for part in images.split(32):
+        model(part)
+    hook.remove()
+    features = torch.cat(found)
+    mean = features.mean(0)
+    centred = features - mean
+    # As many unknowns as pictures: fewer than features.
+    kernel = centred @ centred.T
+    kernel.diagonal().add_(strength * kernel.diagonal().mean())
+    wanted = 10 * (F.one_hot(labels, CLASSES).double() - 1 / CLASSES)
+    weight = torch.linalg.solve(kernel, wanted).T @ centred
+    head.weight.copy_(weight)
+    head.bias.copy_(-weight @ mean)
+
+
+# ---------------------------------------------------------------- measuring
+def measure(arch: str, model: nn.Module, data: tuple[Tensor, Tensor], args: argparse.Namespace) -> list[Row]:
+    """A row a provider: mnp_fast first, since its steps say how many the others make."""
+    device, dtype = next(model.parameters()).device, options.DTYPES[args.dtype]
+    config = PruneConfig(batch_size=args.batch)
+    common = {"arch": arch, "size": data[0].shape[-1], "pictures": len(data[1]), "batch": args.batch}
+    common |= {"dtype": args.dtype, "device": device.type, "threads": torch.get_num_threads()}
+    start = time.perf_counter()
+    loader = DataLoader(TensorDataset(*data), batch_size=64)
+    result = mnp_fast.prune(model, loader, config, progress=False)
+    seconds = time.perf_counter() - start
+    learning, held = DefenceSet(*data).split(config.held_back, torch.Generator().manual_seed(0))
+    counts = counts_of(result.history, result.suspected_target, learning, config)
+    sites = find_sites(model, data[0][:2].to(device))
+    ours: Row = {**common, "provider": "mnp_fast", "computes_in": "float32", "extrapolated": False}
+    ours |= {"stages_s": {name: _seconds(result.history, name) for name in STAGES}}
+    if device.type == "cuda":
+        ours["peak_mb"] = round(max(entry["peak_mb"] for entry in result.history), 1)
+    ours |= _total(seconds) | own_check(model, sites, learning, config)
+    rows = []
+    for name in args.provider or NAMES[:2]:
+        narrow = torch.float32 if name == "published" else dtype
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        stages = Stages(
+            model, sites, magnitude(model, sites), learning, held, config, narrow, compiled=name == "torch_compile"
+        )
+        row = {**common, "provider": name, "computes_in": str(narrow).removeprefix("torch.")}
+        rows.append(row | run(stages, counts, args.repeats, full=args.full))
+        if device.type == "cuda":
+            rows[-1]["peak_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+        # Its networks must not stand in the memory of the next.
+        del stages
+        gc.collect()
+        torch.compiler.reset()
+    return [{"peak_mb": None, "compile_s": 0.0, "steps": asdict(counts)} | row for row in (*rows, ours)]
+
+
+def run(stages: Stages, counts: Counts, sample: int, *, full: bool) -> Row:
+    """What is particular to the row of one style."""
+    seconds, measured, compile_s = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0), 0.0
+    for part in stages.parts(counts):
+        found = timed(part, stages.device, sample=None if full else sample, compiled=stages.compiled)
+        seconds[part.stage] += found.seconds
+        measured[part.stage] += found.measured
+        compile_s += found.compile_s
+    row: Row = {"extrapolated": not full, "measured_steps": measured}
+    row |= {"stages_s": {name: round(value, 2) for name, value in seconds.items()}}
+    row |= {"compile_s": round(compile_s, 2)}
+    row |= _match(*stages.errors(), stages.dtype)
+    return row | _total(sum(seconds.values()) + compile_s)
+
+
+def own_check(model: nn.Module, sites: Sequence[Site], learning: DefenceSet, config: PruneConfig) -> Row:
+    """The objective of mask learning by `masked` against the reference, the network in both roles."""
+    device = next(model.parameters()).device
+    images, labels = next(learning.batches(config.batch_size, device=device))
+    mask = torch.ones(sum(site.neurons for site in sites), device=device, requires_grad=True)
+    with masked(model, sites, mask, batch_statistics=True):
+        suppressed = logits_of(model(images))
+    with masked(model, sites, mask):
+        logits = logits_of(model(images))
+    loss = eliminate_and_preserve(suppressed, logits, labels, config.alpha)
+    (gradient,) = torch.autograd.grad(loss, mask)
+    expected = mask_objective(model, model, sites, images, labels, config.alpha, False)
+    return _match(*relative_errors(float(loss.detach()), gradient, *expected), torch.float32)
+
+
+# ---------------------------------------------------------------- counting
+def counts_of(
+    history: Sequence[Mapping[str, Any]],
+    suspected_target: int | None,
+    learning: DefenceSet,
+    config: PruneConfig,
+) -> Counts:
+    """Steps of a run, from its history."""
+    by = {entry["stage"]: entry for entry in history}
+    passes = math.ceil(len(learning) / config.batch_size)
+    # A window is 512 pictures, and never reaches across two passes.
+    window = max(1, 512 // config.batch_size)
+    windows = [min(window, passes - first) for first in range(0, passes, window)]
+    chosen, candidates = by["select"], by["masks"]["below_one"]
+    low, affordable, released = chosen["low"], chosen["affordable"], chosen["released"]
+    suppressed = 0
+    if suspected_target is None:
+        plain = 1 + probes(affordable + 1, low)
+    else:
+        plain = 1 + probes(affordable + 1, candidates)
+        suppressed = probes(candidates + 1 if released is None else released, candidates)
+        if released is None or released > affordable:
+            plain += probes(max(chosen["sets"][-1], low) + 1, affordable)
+    repairs = sum(entry["stage"] == "fine-tune" for entry in history)
+    finetune = repairs * config.finetune_epochs * math.ceil(len(learning) / max(2, config.batch_size // 2))
+    return Counts(
+        suppress=sum(windows[number % len(windows)] for number in range(by["suppress"]["windows"])),
+        exposed=1,
+        masks=by["masks"]["steps"],
+        plain=plain,
+        suppressed=suppressed,
+        finetune=finetune,
+    )
+
+
+def probes(first: int, last: int) -> int:
+    """Evaluations of a bisection over [0, last] whose answer is ``first``."""
+    low, high, count = 0, last + 1, 0
+    while low < high:
+        middle = (low + high) // 2
+        count += 1
+        if middle >= first:
+            high = middle
+        else:
+            low = middle + 1
+    return count
+
+
+def _seconds(history: Sequence[Mapping[str, Any]], stage: str) -> float:
+    return round(sum(entry["seconds"] for entry in history if entry["stage"] == stage), 2)
+
+
+def _total(seconds: float) -> Row:
+    """One run: its time is the median and both percentiles."""
+    return {"seconds": round(seconds, 2), "repeats": 1} | dict.fromkeys(
+        ("median_ms", "p20_ms", "p80_ms"), round(seconds * 1e3)
+    )
+
+
+def _match(loss_error: float, gradient_error: float, dtype: torch.dtype) -> Row:
+    gradient_counts = dtype == torch.float32
+    return {
+        "loss_error": float(f"{loss_error:.3g}"),
+        "gradient_error": float(f"{gradient_error:.3g}"),
+        "match": loss_error <= LOSS_TOLERANCE[dtype] and (gradient_error <= GRADIENT_TOLERANCE or not gradient_counts),
+    }
+
+
+def show(rows: Sequence[Row]) -> Any:
+    """The rows of one architecture."""
+    first = rows[0]
+    by = {row["provider"]: row for row in rows}
+    columns = ["provider", *(f"{name} s" for name in STAGES), "compile s", "total s", "x published", "x compile"]
+    cells = [
+        [
+            row["provider"],
+            *(number(row["stages_s"][name]) for name in STAGES),
+            number(row["compile_s"]),
+            number(row["seconds"]),
+            ratio(by.get("published"), row, "seconds"),
+            ratio(by.get("torch_compile"), row, "seconds"),
+            number(row["peak_mb"]),
+            "yes" if row["extrapolated"] else "no",
+            verdict(row),
+        ]
+        for row in rows
+    ]
+    title = f"end to end: {first['arch']}, {first['pictures']} pictures of {first['size']}x{first['size']}"
+    title += f", batch {first['batch']}, {first['dtype']}, {first['device']}, {first['threads']} threads"
+    return table(title, [*columns, "peak MB", "extrapolated", "match"], cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""One step of mask learning, by four providers, and the check of each against the reference.
+
+A step: logits of the images under the masks, cross-entropy, its gradient with respect to the masks, and
+momentum = decay * momentum + gradient + penalty * magnitude; mask = clamp(mask - rate * momentum, 0, 1).
+
+- published: as the published code of ANP and RNP runs it. float32, contiguous NCHW, a parameter of masks a layer that
+  multiplies its weights, BatchNorm in training mode, weights not frozen, so that their gradients are computed too, the
+  penalty a term of the loss, one SGD and a loop of clamps over the parameters.
+- tuned_eager: weights frozen, channels_last, autocast, F.batch_norm(weight=mask * gamma) on running statistics.
+- torch_compile: torch.compile of tuned_eager in its default mode.
+- mnp_fast: mnp_fast.masked and mnp_fast.ops.mask_step_.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.layers import reference, rewrite, use_batch_statistics_
+from benchmarks.models import Workload
+from mnp_fast import PruneConfig, ops
+from mnp_fast.data import logits_of
+from mnp_fast.masked import masked
+from mnp_fast.objectives import penalty_gradient
+from mnp_fast.sites import Site
+
+RATE = PruneConfig.mask_rate
+PENALTY = PruneConfig.penalty
+DECAY = 0.9
+
+
+class Step(Protocol):
+    """One provider's step on one workload. Each call makes one step on from the last."""
+
+    def __call__(self) -> Tensor:
+        """Make a step; returns the cross-entropy before it, a scalar."""
+
+    def gradient(self) -> Tensor:
+        """Gradient of the last step's cross-entropy, (neurons,)."""
+
+    def mask(self) -> Tensor:
+        """The masks as they are now, (neurons,)."""
+
+    def release(self) -> None:
+        """Drop the gradients that the last step has left behind."""
+
+    def close(self) -> None:
+        """Give back whatever the step holds."""
+
+
+class Published:
+    """Step of published style."""
+
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+        self.masks = split(work.mask.clone(), work.sites)
+        self.penalties = work.magnitude.split([site.neurons for site in work.sites])
+        self.net = use_batch_statistics_(rewrite(work.model, work.sites, self.masks, on_weights=True).eval())
+        self.net.requires_grad_(True)
+        self.optimizer = torch.optim.SGD(self.masks, lr=RATE, momentum=DECAY)
+
+    def __call__(self) -> Tensor:
+        self.net.zero_grad()
+        loss = F.cross_entropy(logits_of(self.net(self.work.images)), self.work.labels)
+        penalty = sum((mask * weight).sum() for mask, weight in zip(self.masks, self.penalties, strict=True))
+        (loss + PENALTY * penalty).backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for mask in self.masks:
+                mask.clamp_(0.0, 1.0)
+        return loss.detach()
+
+    def gradient(self) -> Tensor:
+        gradients = [mask.grad for mask in self.masks if mask.grad is not None]
+        return torch.cat(gradients) - penalty_gradient(self.work.magnitude, PENALTY)
+
+    def mask(self) -> Tensor:
+        return torch.cat([mask.detach() for mask in self.masks])
+
+    def release(self) -> None:
+        self.net.zero_grad()
+
+    def close(self) -> None:
+        pass
+
+
+class Tuned:
+    """Step of tuned eager torch, or, with ``compiled``, torch.compile of its forward with loss and of its update."""
+
+    def __init__(self, work: Workload, dtype: torch.dtype, *, compiled: bool = False) -> None:
+        self.work, self.dtype = work, dtype
+        self.flat = work.mask.clone()
+        # Views of one tensor: gradients come one a layer, and the update is one for all.
+        self.masks = split(self.flat, work.sites)
+        self.net = frozen(rewrite(work.model, work.sites, self.masks, on_weights=False), self.masks)
+        if not compiled:
+            _let_projections_fold_(self.net)
+        self.images = in_channels_last(work.images)
+        self.momentum = torch.zeros_like(self.flat)
+        self.pull = penalty_gradient(work.magnitude, PENALTY)
+        self.loss: Callable[[], Tensor] = torch.compile(self._loss) if compiled else self._loss
+        self.update: Callable[[Tensor], None] = torch.compile(self._update) if compiled else self._update
+
+    def __call__(self) -> Tensor:
+        loss = self.loss()
+        self.last = torch.cat(torch.autograd.grad(loss, self.masks))
+        with torch.no_grad():
+            self.update(self.last)
+        return loss.detach()
+
+    def _loss(self) -> Tensor:
+        with autocast(self.dtype, self.images.device):
+            return F.cross_entropy(logits_of(self.net(self.images)).float(), self.work.labels)
+
+    def _update(self, gradient: Tensor) -> None:
+        self.momentum.mul_(DECAY).add_(gradient).add_(self.pull)
+        self.flat.sub_(RATE * self.momentum).clamp_(0.0, 1.0)
+
+    def gradient(self) -> Tensor:
+        return self.last
+
+    def mask(self) -> Tensor:
+        return self.flat
+
+    def release(self) -> None:
+        del self.last
+
+    def close(self) -> None:
+        if self.loss is not self._loss:
+            torch.compiler.reset()
+
+
+class MnpFast:
+    """Step of this package."""
+
+    def __init__(self, work: Workload, dtype: torch.dtype) -> None:
+        self.work = work
+        self.flat = work.mask.clone().requires_grad_()
+        self.momentum = torch.zeros_like(work.mask)
+        self.images = in_channels_last(work.images)
+        self.undo = ExitStack()
+        model = copy.deepcopy(work.model)
+        self.net = masked_network(self.undo, model, work.sites, self.flat, self.images, dtype)
+
+    def __call__(self) -> Tensor:
+        loss = F.cross_entropy(self.net(self.images).float(), self.work.labels)
+        (self.last,) = torch.autograd.grad(loss, self.flat)
+        with torch.no_grad():
+            mask_step_(self.flat, self.momentum, self.last, self.work.magnitude)
+        return loss.detach()
+
+    def gradient(self) -> Tensor:
+        return self.last
+
+    def mask(self) -> Tensor:
+        return self.flat.detach()
+
+    def release(self) -> None:
+        del self.last
+
+    def close(self) -> None:
+        self.undo.close()
+
+
+def masked_network(
+    stack: ExitStack,
+    model: nn.Module,
+    sites: Sequence[Site],
+    mask: Tensor,
+    images: Tensor,
+    dtype: torch.dtype,
+) -> Callable[[Tensor], Tensor]:
+    """The model under its masks until ``stack`` is left, as a function of images that gives logits."""
+    known = inspect.signature(masked).parameters
+    if {"example", "dtype"} <= known.keys():
+        narrow = None if dtype == torch.float32 else dtype
+        options: dict[str, Any] = {"example": images, "dtype": narrow}
+        net = stack.enter_context(masked(model, sites, mask, **options))
+        return lambda x: logits_of(net(x))
+    net = stack.enter_context(masked(to_channels_last(model), sites, mask))
+
+    def run(x: Tensor) -> Tensor:
+        with autocast(dtype, x.device):
+            return logits_of(net(x))
+
+    return run
+
+
+def mask_step_(mask: Tensor, momentum: Tensor, gradient: Tensor, magnitude: Tensor) -> None:
+    """The update in place: the package's op, or plain torch where this version has none."""
+    op = getattr(ops, "mask_step_", None)
+    if op is not None:
+        op(mask, momentum, gradient, magnitude, rate=RATE, decay=DECAY, penalty=PENALTY)
+        return
+    momentum.mul_(DECAY).add_(gradient).add_(magnitude, alpha=PENALTY)
+    mask.sub_(RATE * momentum).clamp_(0.0, 1.0)
+
+
+def steps(work: Workload, dtype: torch.dtype, names: Sequence[str]) -> Iterator[tuple[str, Step]]:
+    """(name, step) of each provider."""
+    for name in names:
+        if name == "published":
+            yield name, Published(work)
+        elif name == "mnp_fast":
+            yield name, MnpFast(work, dtype)
+        else:
+            yield name, Tuned(work, dtype, compiled=name == "torch_compile")
+
+
+# ---------------------------------------------------------------- the check
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Relative to the reference's."""
+GRADIENT_TOLERANCE = 1e-3
+"""In float32: L2 norm of the difference over that of the reference."""
+RATIO = 2.0
+"""In narrower precision: error of the gradient over that of tuned_eager, whose own float32 must match."""
+
+
+class Check:
+    """The references of a workload, in float32, and the comparison of a provider's first step with its own.
+
+    published: batch statistics; all others: running statistics. Both by functional_call with masked weights. How far
+    rounding to bfloat16 moves a gradient depends on the network, so that there plain torch sets the limit.
+    """
+
+    def __init__(self, work: Workload, names: Sequence[str], dtype: torch.dtype) -> None:
+        self.work, self.dtype = work, dtype
+        modes = {name == "published" for name in names}
+        self.expected = {
+            mode: reference(work.model, work.sites, work.mask, work.images, work.labels, batch_statistics=mode)
+            for mode in modes
+        }
+        self.limit = GRADIENT_TOLERANCE
+        self.plain_is_right = True
+        if dtype != torch.float32 and False in modes:
+            exact, plain = Tuned(work, torch.float32), Tuned(work, dtype)
+            loss_error, gradient_error = self.errors("tuned_eager", exact, float(exact()))
+            self.plain_is_right = loss_error <= LOSS_TOLERANCE[torch.float32] and gradient_error <= GRADIENT_TOLERANCE
+            self.limit = RATIO * self.errors("tuned_eager", plain, float(plain()))[1] + GRADIENT_TOLERANCE
+
+    def errors(self, name: str, step: Step, loss: float) -> tuple[float, float]:
+        """Of the loss, and of the gradient, of the first step that ``step`` has made, with this loss."""
+        return relative_errors(loss, step.gradient(), *self.expected[name == "published"])
+
+    def __call__(self, name: str, step: Step, loss: float) -> dict[str, bool | float]:
+        """match, loss_error and gradient_error of the first step that ``step`` has made, with this loss."""
+        published = name == "published"
+        loss_error, gradient_error = self.errors(name, step, loss)
+        pull = step.gradient() + penalty_gradient(self.work.magnitude, PENALTY)
+        moved = torch.allclose(step.mask(), (self.work.mask - RATE * pull).clamp(0.0, 1.0), atol=1e-6)
+        # Written so that NaN is no match.
+        match = (
+            loss_error <= LOSS_TOLERANCE[torch.float32 if published else self.dtype]
+            and gradient_error <= (GRADIENT_TOLERANCE if published else self.limit)
+            and (published or self.plain_is_right)
+            and moved
+        )
+        return {
+            "match": match,
+            "loss_error": float(f"{loss_error:.3g}"),
+            "gradient_error": float(f"{gradient_error:.3g}"),
+        }
+
+
+def relative_errors(loss: float, gradient: Tensor, expected_loss: float, expected: Tensor) -> tuple[float, float]:
+    """(of the loss, of the gradient in L2)."""
+    return abs(loss - expected_loss) / abs(expected_loss), float((gradient - expected).norm() / expected.norm())
+
+
+# ---------------------------------------------------------------- shared with the benchmark of whole runs
+def split(flat: Tensor, sites: Sequence[Site]) -> list[nn.Parameter]:
+    """Parameters of masks, one a site, all views of ``flat``."""
+    return [nn.Parameter(part) for part in flat.split([site.neurons for site in sites])]
+
+
+def frozen(net: nn.Module, masks: Sequence[nn.Parameter]) -> nn.Module:
+    """``net`` in eval mode and channels_last, where nothing but the masks takes a gradient."""
+    to_channels_last(net).eval().requires_grad_(False)
+    for mask in masks:
+        mask.requires_grad_(True)
+    return net
+
+
+def _let_projections_fold_(net: nn.Module) -> None:
+    """Input projections of torch's attention take a gradient, which is asked for by nobody and so not computed.
+
+    Eager torch multiplies a frozen weight with their transposed input by bmm rather than mm: on a CPU in bfloat16 a
+    step of ViT-B/16 then took 8.2 s instead of 0.45 s (batch 2, two cores).
+    """
+    for module in net.modules():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            module.in_proj_weight.requires_grad_(True)
+
+
+def to_channels_last(net: nn.Module) -> nn.Module:
+    """``net`` itself, its filters in channels_last memory."""
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def in_channels_last(images: Tensor) -> Tensor:
+    """Pictures (b, c, h, w) in channels_last memory."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """Mixed precision in ``dtype``; float32: none."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

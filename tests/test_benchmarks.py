@@ -1,0 +1,329 @@
+"""The benchmarks: rows complete and right on a tiny network, files, percentiles, counted steps, the README's tables."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mnp_fast
+from benchmarks import end_to_end, ops, plot, results_file, stats, step
+from benchmarks.digits import SmallNet
+from benchmarks.environment import environment, environment_key, same_environment
+from benchmarks.memory import peak_mb
+from benchmarks.models import Workload, of_model, randomize_
+from benchmarks.providers import Check, MnpFast, Published, Tuned
+from benchmarks.published import Counts, Stages
+from benchmarks.timing import interleaved, percentile, summary
+from mnp_fast import PruneConfig
+from mnp_fast.data import DefenceSet
+from mnp_fast.masked import masked
+from mnp_fast.sites import find_sites
+from mnp_fast.stats import magnitude
+
+CPU = torch.device("cpu")
+
+
+class TinyFormer(nn.Module):
+    """A convolution without norm, torch's own attention, and an MLP: every kind of site but BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, 8, 4, 4)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation="gelu", batch_first=True)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def tiny(network: type[nn.Module] = SmallNet, batch: int = 6) -> Workload:
+    torch.manual_seed(0)
+    model = randomize_(network()).eval()
+    return of_model(network.__name__, model, torch.randn(batch, 1, 16, 16))
+
+
+# ---------------------------------------------------------------- step
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("network", [SmallNet, TinyFormer])
+def test_step_rows_are_complete_and_match(network: type[nn.Module], dtype: torch.dtype) -> None:
+    names = ["published", "tuned_eager", "mnp_fast"]
+    rows = step.measure(tiny(network), dtype, names, repeats=2)
+    assert [row["provider"] for row in rows] == names
+    wanted = {"arch", "batch", "dtype", "device", "threads", "median_ms", "p20_ms", "p80_ms", "peak_mb", "match"}
+    for row in rows:
+        assert wanted <= row.keys()
+        assert row["match"], row
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["peak_mb"] > 0
+    json.dumps(rows)
+    assert step.show(rows).row_count == 3
+
+
+@pytest.mark.parametrize(
+    "make", [Published, lambda work: Tuned(work, torch.float32), lambda work: MnpFast(work, torch.float32)]
+)
+def test_the_check_sees_a_wrong_gradient(make: Any) -> None:
+    work = tiny()
+    name = "published" if make is Published else "mnp_fast"
+    check = Check(work, [name], torch.float32)
+    wrong = Workload(**{**work.__dict__, "mask": work.mask * 0.9})
+    for given, expected in ((work, True), (wrong, False)):
+        made = make(given)
+        loss = float(made())
+        assert check(name, made, loss)["match"] is expected
+        assert check(name, made, math.nan)["match"] is False
+        made.close()
+
+
+def test_providers_go_the_same_way_over_several_steps() -> None:
+    work = tiny()
+    tuned, ours = Tuned(work, torch.float32), MnpFast(work, torch.float32)
+    for _ in range(4):
+        tuned()
+        ours()
+    torch.testing.assert_close(tuned.mask(), ours.mask(), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(tuned.mask(), work.mask)
+    ours.close()
+
+
+# ---------------------------------------------------------------- time, memory, files
+def test_percentiles() -> None:
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile([1.0, 2.0], 0.5) == 1.5
+    assert percentile([10.0, 0.0, 5.0], 0.2) == pytest.approx(2.0)
+    assert percentile([7.0], 0.8) == 7.0
+    with pytest.raises(ValueError, match="at least one"):
+        percentile([], 0.5)
+    assert summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"median_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0}
+
+
+def test_calls_are_taken_in_turns() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}  # type: ignore[misc]
+    times = interleaved(calls, 3, CPU)
+    assert [len(values) for values in times.values()] == [3, 3, 3]
+    assert "".join(order[6:]) == "abcbcacab"
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    def call() -> None:
+        first = torch.zeros(1_000_000)
+        second = first + 1
+        del first
+        third = second * 2
+        del second, third
+
+    assert peak_mb(call, CPU) == pytest.approx(8.0, abs=0.01)
+
+
+def test_results_file_adds_replaces_and_refuses(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "new" / "rows.json"
+    here = environment("cpu", [1])
+    row = {"arch": "a", "batch": 8, "dtype": "float32", "provider": "published", "median_ms": 2.0}
+    results_file.save(file, "step", here, [row, row | {"provider": "mnp_fast"}])
+    results_file.save(file, "step", here, [row | {"median_ms": 1.0}])
+    content = json.loads(file.read_text())
+    assert content == results_file.load(file)
+    assert {key: content["environment"][key] for key in here} == here
+    assert [(r["provider"], r["median_ms"]) for r in content["rows"]] == [("mnp_fast", 2.0), ("published", 1.0)]
+    assert list(file.parent.iterdir()) == [file]
+    with pytest.raises(SystemExit, match="another environment"):
+        results_file.save(file, "step", here | {"torch": "0"}, [row])
+    monkeypatch.setattr(results_file.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        results_file.save(file, "step", here, [row])
+    assert json.loads(file.read_text()) == content
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_environment_names_a_file() -> None:
+    found = {
+        "device": "Some CPU (R), 2 cores",
+        "cpu": "Some CPU (R), 2 cores",
+        "threads": [1, 2],
+        "torch": "2.13.0+cpu",
+    }
+    assert environment_key(found) == "some-cpu-r-2-cores-1-2-threads-torch-2.13.0"
+    assert environment_key(found | {"device": "NVIDIA H100"}) == "nvidia-h100-torch-2.13.0"
+    assert same_environment(found | {"date": "a"}, found | {"date": "b", "new": 1})
+    assert not same_environment(found, found | {"threads": 1})
+
+
+# ---------------------------------------------------------------- ops and stats
+def test_ops_rows(monkeypatch) -> None:
+    case = next(ops.cases(CPU, torch.float32, 2))
+    small = ops.Case(**{**case.__dict__, "shape": (2, 4, 5, 5), "make": _small_arguments})
+    rows = ops.measure(small, CPU, repeats=2)
+    assert [(row["op"], row["provider"]) for row in rows] == [
+        (f"masked_affine {direction}", provider)
+        for direction in ("forward", "backward")
+        for provider in ("tuned_eager", "mnp_fast")
+    ]
+    for row in rows:
+        assert row["match"], row
+        assert row["of_copy"] == pytest.approx(row["copy_ms"] / row["median_ms"], rel=0.01)
+        assert row["bytes"] == (2 if "forward" in row["op"] else 3) * 2 * 4 * 25 * 4
+    assert ops.show(rows).row_count == 4
+    right = ops.ops.masked_affine
+    monkeypatch.setattr(ops.ops, "masked_affine", lambda *args, **options: 1.01 * right(*args, **options))
+    assert [row["match"] for row in ops.measure(small, CPU, repeats=1)] == [True, False, True, False]
+
+
+def _small_arguments() -> list[Tensor]:
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    return [x, torch.rand(4, requires_grad=True), *(torch.rand(4) for _ in range(3))]
+
+
+SMALLEST = {
+    f"{case.op} {case.case}": case
+    for case in ops.cases(CPU, torch.float32, 1)
+    if case.memory != "channels_last"
+    and case.case != "beyond cache"
+    and case.shape[-1] in (28, 768, 3072, 26560, 37776)
+}
+
+
+@pytest.mark.parametrize("case", SMALLEST.values(), ids=SMALLEST.keys())
+def test_every_op_of_the_table_in_plain_torch(case: ops.Case) -> None:
+    arguments = case.make()
+    expected = ops._results(case, case.eager, ops._in_float64(arguments))
+    assert ops._errors(ops._results(case, case.eager, ops._fresh(case, arguments)), expected) < 1e-5
+    # x and the mask, or whatever is changed in place.
+    assert len(expected) == case.in_place or expected[0].shape == arguments[0].shape == expected[1].shape
+
+
+def test_plain_loop_is_a_difference_of_losses() -> None:
+    work = tiny()
+    found = stats.plain_loop(work, torch.tensor([0, 40, 191]))
+    ones = torch.ones_like(work.mask)
+    before = _loss(work, ones)
+    for neuron, change in zip((0, 40, 191), found.tolist(), strict=True):
+        without = ones.clone()
+        without[neuron] = 0
+        assert change == pytest.approx(_loss(work, without) - before, abs=2e-6)
+    assert found.abs().max() > 1e-4
+
+
+def _loss(work: Workload, mask: Tensor) -> float:
+    with masked(work.model, work.sites, mask), torch.no_grad():
+        return float(nn.functional.cross_entropy(work.model(work.images), work.labels))
+
+
+# ---------------------------------------------------------------- whole runs
+def digits_run(count: int = 60) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    images, labels = end_to_end.pictures(count, 16)
+    images = images[:, :1]
+    model = randomize_(SmallNet()).eval()
+    end_to_end.fit_head_(model, images, labels)
+    return model, (images, labels)
+
+
+def test_the_fitted_network_knows_its_pictures() -> None:
+    model, (images, labels) = digits_run()
+    with torch.no_grad():
+        assert float((model(images).argmax(1) == labels).float().mean()) > 0.9
+    torch.testing.assert_close(end_to_end.pictures(60, 16)[0][:, :1], images)
+
+
+def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
+    model, data = digits_run()
+    config = PruneConfig(batch_size=16, mask_steps=12, finetune_epochs=2)
+    calls: Counter[str] = Counter()
+    held = round(0.2 * len(data[1]))
+
+    def counting(module: Any, name: str, label: Any) -> None:
+        inner = getattr(module, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[label(*args) if callable(label) else label] += 1
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    optimize, prune, select = (importlib.import_module(f"mnp_fast.{name}") for name in ("optimize", "prune", "select"))
+    counting(optimize, "expose", "suppress")
+    counting(optimize, "eliminate_and_preserve", "masks")
+    counting(optimize, "repair_loss", "finetune")
+    counting(select, "predict", lambda network, part, *_: f"select {len(part)}")
+    counting(prune, "predict", lambda network, part, *_: f"prune {len(part)}")
+    result = mnp_fast.prune(model, [data], config, progress=False)
+    learning, _ = DefenceSet(*data).split(config.held_back, torch.Generator().manual_seed(0))
+    counts = end_to_end.counts_of(result.history, result.suspected_target, learning, config)
+    assert calls["masks"] == counts.masks == 12
+    assert calls["finetune"] == counts.finetune
+    assert calls[f"select {held}"] == counts.plain
+    assert calls[f"select {len(learning)}"] == counts.plain + counts.suppressed
+    # Windows that were taken back are run and not counted.
+    assert counts.suppress <= calls["suppress"]
+    assert calls[f"prune {len(data[1])}"] == counts.exposed
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 0), (3, 17), (18, 17), (0, 100), (64, 100)])
+def test_probes_of_a_bisection(first: int, last: int) -> None:
+    from mnp_fast.select import _first
+
+    asked: list[int] = []
+    assert _first(lambda count: asked.append(count) or count >= first, last) == first  # type: ignore[func-returns-value]
+    assert end_to_end.probes(first, last) == len(asked)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_published_stages_run_and_match(full: bool) -> None:
+    model, data = digits_run()
+    sites = find_sites(model, data[0][:2])
+    learning, held = DefenceSet(*data).split(0.2, torch.Generator().manual_seed(0))
+    counts = Counts(suppress=7, exposed=1, masks=8, plain=2, suppressed=1, finetune=0)
+    config = PruneConfig(batch_size=16)
+    stages = Stages(model, sites, magnitude(model, sites), learning, held, config, torch.float32, compiled=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    row = end_to_end.run(stages, counts, 2, full=full)
+    assert row["match"], row
+    assert row["extrapolated"] is not full
+    # Three batches of learning pictures: a warm-up and a pass, where not all steps are made.
+    assert row["measured_steps"]["masks"] == (8 if full else 6)
+    assert row["measured_steps"]["fine-tune"] == 0
+    assert row["seconds"] == pytest.approx(sum(row["stages_s"].values()), abs=0.03)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+# ---------------------------------------------------------------- the README
+def test_tables_stand_between_their_markers() -> None:
+    text = (
+        "a\n<!-- benchmark:step -->\nold\n<!-- /benchmark -->\nb\n<!-- benchmark:other -->\nkept\n<!-- /benchmark -->\n"
+    )
+    new, names = plot.replace_tables(text, {"step": "| new |"})
+    assert names == ["step"]
+    assert new == text.replace("old", "| new |")
+    assert plot.replace_tables(new, {"step": "| new |"})[0] == new
+    empty = "<!-- benchmark:step -->\n<!-- /benchmark -->"
+    assert plot.replace_tables(empty, {"step": "x"})[0] == "<!-- benchmark:step -->\nx\n<!-- /benchmark -->"
+
+
+def test_tables_of_results_files(tmp_path) -> None:
+    here = environment("cpu", [2])
+    rows = step.measure(tiny(), torch.float32, ["published", "mnp_fast"], repeats=1)
+    rows[0] |= {"median_ms": 300.0, "match": False}
+    rows[1] |= {"median_ms": 100.0}
+    results_file.save(tmp_path / "step" / "here.json", "step", here, rows)
+    case = next(ops.cases(CPU, torch.float32, 2))
+    small = ops.Case(**{**case.__dict__, "shape": (2, 4, 5, 5), "make": _small_arguments})
+    results_file.save(tmp_path / "ops" / "here.json", "ops", here, ops.measure(small, CPU, repeats=1))
+    results_file.save(tmp_path / "zoo" / "here.json", "zoo", here, [{"case": "not a table of this kind"}])
+    found = plot.read(tmp_path)
+    assert found.keys() == {"step", "ops"}
+    table = plot.tables("step", found["step"])
+    assert "2 threads" in table
+    line = next(line for line in table.splitlines() if "SmallNet" in line)
+    assert "300 (mismatch)" in line
+    assert "| 3.00 |" in line
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+    assert "masked_affine backward" in plot.tables("ops", found["ops"])
