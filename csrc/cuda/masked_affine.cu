@@ -6,19 +6,11 @@
 // of threads, which keeps its two sums. Channels inside, (n, s, c): a thread keeps the coefficients, and in the
 // backward the sums, of the channels that it owns and walks down the rows. One access is 16 bytes wherever addresses
 // allow it.
-#include <type_traits>
-
-#include "cuda/common.cuh"
 #include "cuda/masked_affine.h"
+#include "cuda/rows.cuh"
 
 namespace mnp_fast::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-constexpr int kRowsPerThread = 16;
-// Planes no longer than this are summed by a warp each, longer ones by a block each.
-constexpr int64_t kWarpPlane = 1024;
 
 struct Channel {
   float a, b;
@@ -39,7 +31,6 @@ __device__ __forceinline__ T forward_one(T x, const T* residual, Channel channel
 }
 
 // --- Forward, memory in a line: every thread takes V numbers in a row, of one channel each `s` numbers
-// ----------------
 template <class T, int V, class Index>
 __global__ void __launch_bounds__(kThreads) forward_line(MnpAffineForward p, Index s, Index total) {
   const T* x = static_cast<const T*>(p.x);
@@ -81,7 +72,6 @@ __global__ void __launch_bounds__(kThreads) forward_line(MnpAffineForward p, Ind
 }
 
 // --- Forward, channels inside: a thread owns V channels of kRowsPerThread rows; V divides the channels
-// -----------------
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) forward_columns(MnpAffineForward p, int64_t rows) {
   const int64_t channels = p.affine.c;
@@ -111,7 +101,6 @@ __global__ void __launch_bounds__(kThreads) forward_columns(MnpAffineForward p, 
 }
 
 // --- Backward
-// ---------------------------------------------------------------------------------------------------------
 template <class T>
 struct Streams {
   const T *grad, *x, *y;
@@ -150,14 +139,7 @@ __device__ __forceinline__ void backward_pack(const Streams<T>& t, int64_t i, bo
   if (t.grad_residual != nullptr) store<T, V>(t.grad_residual + i, grad_residual);
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  return value;
-}
-
-// Channels outside: `kGroup` threads for each plane of s numbers, kGroup a warp or the block. Bases are multiples of 16
-// bytes, planes need not be: the numbers before the first whole pack and behind the last are taken one by one.
+// Channels outside: `kGroup` threads for each plane of s numbers, kGroup a warp or the block.
 template <class T, int V, int kGroup>
 __global__ void __launch_bounds__(kThreads) backward_planes(MnpAffineBackward p, int64_t planes) {
   constexpr int kGroups = kThreads / kGroup;
@@ -169,22 +151,10 @@ __global__ void __launch_bounds__(kThreads) backward_planes(MnpAffineBackward p,
   const int64_t c = plane % p.affine.c;
   const Channel coefficients = channel(p.affine, c);
   const float center = p.affine.center[c];
-  const int64_t s = p.affine.s;
-  const int64_t base = plane * s;
-  int64_t head = (V - base % V) % V;
-  if (head > s) head = s;
-  const int64_t packs = (s - head) / V;
-  const int64_t tail = head + packs * V;
   float g = 0.0f, gx = 0.0f;
-  for (int64_t i = lane; i < head; i += kGroup) {
-    backward_pack<1, 0>(t, base + i, p.affine.relu, &coefficients, &center, &g, &gx);
-  }
-  for (int64_t i = lane; i < packs; i += kGroup) {
-    backward_pack<V, 0>(t, base + head + i * V, p.affine.relu, &coefficients, &center, &g, &gx);
-  }
-  for (int64_t i = tail + lane; i < s; i += kGroup) {
-    backward_pack<1, 0>(t, base + i, p.affine.relu, &coefficients, &center, &g, &gx);
-  }
+  for_plane<V, kGroup>(plane * p.affine.s, p.affine.s, lane, [&](auto width, int64_t i) {
+    backward_pack<decltype(width)::value, 0>(t, i, p.affine.relu, &coefficients, &center, &g, &gx);
+  });
   g = warp_sum(g);
   gx = warp_sum(gx);
   if constexpr (kGroup > kWarp) {
@@ -254,37 +224,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Adds up the chunks of each sample, first to last.
-__global__ void __launch_bounds__(kThreads)
-    add_chunks(const float* g, const float* gx, float* sum_g, float* sum_gx, int64_t total, int64_t c, int64_t chunks) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= total) return;
-  const int64_t first = i / c * chunks * c + i % c;
-  float total_g = 0.0f, total_gx = 0.0f;
-  for (int64_t k = 0; k < chunks; ++k) {
-    total_g += g[first + k * c];
-    total_gx += gx[first + k * c];
-  }
-  sum_g[i] = total_g;
-  sum_gx[i] = total_gx;
-}
-
 // --- Launches
-// --------------------------------------------------------------------------------------------------------- A block of
-// kThreads: as many threads across as a row has packs, at most a warp, and the rest down the rows.
-dim3 columns_block(int64_t packs) {
-  unsigned int across = 1;
-  while (across < kWarp && across < packs) across *= 2;
-  return dim3(across, kThreads / across);
-}
-
-// Rows of a chunk follow from the sizes alone: whoever allocates the scratch memory does not know the width of an
-// access.
-int64_t chunk_rows(int64_t c) {
-  const dim3 block = columns_block(ceil_div(c, 4));
-  return static_cast<int64_t>(block.y) * kRowsPerThread;
-}
-
 template <class T>
 int forward_typed(const MnpAffineForward& p) {
   constexpr int kV = kPerAccess<T>;
@@ -343,7 +283,7 @@ int backward_wide(const MnpAffineBackward& p) {
   backward_columns<T, V><<<grid, block, 0, stream>>>(p, rows, chunks, out_g, out_gx);
   if (parts) {
     const auto blocks = static_cast<unsigned int>(ceil_div(n * c, kThreads));
-    add_chunks<<<blocks, kThreads, 0, stream>>>(out_g, out_gx, p.sum_g, p.sum_gx, n * c, c, chunks);
+    add_chunks<<<blocks, kThreads, 0, stream>>>(p.partial, p.sum_g, p.sum_gx, n * c, c, chunks);
   }
   return cudaGetLastError();
 }
@@ -392,10 +332,7 @@ int mnp_masked_affine_backward(const MnpAffineBackward* p) {
 }
 
 int64_t mnp_masked_affine_partial(int64_t n, int64_t c, int64_t s, bool channels_last) {
-  using namespace mnp_fast::cuda;
-  if (!channels_last) return 0;
-  const int64_t chunks = ceil_div(s, chunk_rows(c));
-  return chunks > 1 ? 2 * n * chunks * c : 0;
+  return 2 * mnp_fast::cuda::partial_sums(n, c, s, channels_last);
 }
 
 int mnp_masked_affine_check(int32_t device) {

@@ -23,7 +23,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu")
 def masked_act(x: Tensor, mask: Tensor, *, act: str, channel_dim: int = -1) -> Tensor:
     """y = mask·act(x), per channel, in one pass, computed in float32: the hidden units of an MLP block under a mask.
 
-    Infinities give the limits: act(inf) = inf, act(-inf) = 0.
+    Infinities give the limits: inf, and 0 for -inf, where torch's own activations may give NaN. NaN stays NaN.
 
     Args:
         x: float32, bfloat16 or float16, (N, ..., C) with `channel_dim` -1, (N, C, ...) with 1. Contiguous,
