@@ -63,29 +63,41 @@ void sums_of_plane(const BatchNormSums& p, int64_t unit) {
   p.square[unit] = static_cast<float>(square);
 }
 
+// kRows rows of n numbers each, added to the sums of the columns.
+template <int kRows, class T>
+void add_rows(const T* x, int64_t row, int64_t n, const float* k, float* sum, float* square) {
+  for_vectors(n, [&](int64_t i, auto lanes) {
+    const Vec shift = lanes.load(k + i);
+    Vec total = lanes.load(sum + i), squares = lanes.load(square + i);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec difference = lanes.load(x + r * row + i) - shift;
+      total = total + difference;
+      squares = fma(difference, difference, squares);
+    }
+    lanes.store(total, sum + i);
+    lanes.store(squares, square + i);
+  });
+}
+
 template <class T>
 void sums_of_block(const BatchNormSums& p, int64_t unit) {
-  const T* x = static_cast<const T*>(p.x);
-  float *k = p.k + unit * p.row, *sum = p.sum + unit * p.row, *square = p.square + unit * p.row;
-  int64_t start = unit * p.block_rows * p.row;
-  const int64_t end = p.total - start < p.block_rows * p.row ? p.total : start + p.block_rows * p.row;
-  const int64_t shift_rows = end - start < kShiftRows * p.row ? 1 : kShiftRows;
-  const int64_t columns = end - start < p.row ? end - start : p.row;
-  for (int64_t i = columns; i < p.row; ++i) k[i] = sum[i] = square[i] = 0.0f;
+  constexpr int kRows = 4;
+  const int64_t row = p.row, first = unit * p.block_rows * row;
+  float *k = p.k + unit * row, *sum = p.sum + unit * row, *square = p.square + unit * row;
+  const T* x = static_cast<const T*>(p.x) + first;
+  int64_t left = p.total - first < p.block_rows * row ? p.total - first : p.block_rows * row;
+  const int64_t shift_rows = left < kShiftRows * row ? 1 : kShiftRows;
+  const int64_t columns = left < row ? left : row;
+  for (int64_t i = columns; i < row; ++i) k[i] = sum[i] = square[i] = 0.0f;
   for_vectors(columns, [&](int64_t i, auto lanes) {
-    Vec total = lanes.load(x + start + i);
-    for (int64_t row = 1; row < shift_rows; ++row) total = total + lanes.load(x + start + row * p.row + i);
+    Vec total = lanes.load(x + i);
+    for (int64_t r = 1; r < shift_rows; ++r) total = total + lanes.load(x + r * row + i);
     lanes.store(total * Vec::fill(1.0f / static_cast<float>(shift_rows)), k + i);
     lanes.store(Vec::fill(0.0f), sum + i);
     lanes.store(Vec::fill(0.0f), square + i);
   });
-  for (; start < end; start += p.row) {
-    for_vectors(end - start < p.row ? end - start : p.row, [&](int64_t i, auto lanes) {
-      const Vec difference = lanes.load(x + start + i) - lanes.load(k + i);
-      lanes.store(lanes.load(sum + i) + difference, sum + i);
-      lanes.store(fma(difference, difference, lanes.load(square + i)), square + i);
-    });
-  }
+  for (; left >= kRows * row; left -= kRows * row, x += kRows * row) add_rows<kRows>(x, row, row, k, sum, square);
+  for (; left > 0; left -= row, x += row) add_rows<1>(x, row, left < row ? left : row, k, sum, square);
 }
 
 template <class T>

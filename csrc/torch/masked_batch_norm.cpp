@@ -1,6 +1,7 @@
 // The CPU kernels of masked_batch_norm as torch operators. mnp_fast/ops/op_masked_batch_norm.py holds the public op.
 #include "cpu/masked_batch_norm.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -9,6 +10,9 @@
 
 namespace mnp_fast {
 namespace {
+
+// Rows of a unit of sums where channels are inside, at least: what it leaves must be little beside what it reads.
+constexpr int64_t kLeastRows = 128;
 
 // What the units leave, as items x channels: where channels are inside, an item is every repetition of them in a row.
 struct PartialSums {
@@ -65,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_batch_norm(Tensor x, Tensor mask, Tens
 
   const int64_t times = channels_last ? repeats(c, n * s) : 1;
   const int64_t row = channels_last ? c * times : s;
-  const int64_t block_rows = kBlock / row + 1;
+  const int64_t block_rows = std::max(kBlock / row + 1, kLeastRows);
   const int64_t unit_size = channels_last ? block_rows * row : row;
   const int64_t units = (layout.numel() + unit_size - 1) / unit_size;
   PartialSums partial(channels_last ? units * times : n, c);
@@ -86,8 +90,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_batch_norm(Tensor x, Tensor mask, Tens
   return {masked_affine(x, mask, scale, mean, bias, residual, n, c, s, channels_last, relu, isa), mean, rstd};
 }
 
+// scale = weight * rstd.
 std::tuple<Tensor, Tensor, Tensor, Tensor> masked_batch_norm_backward(Tensor grad, Tensor x, std::optional<Tensor> y,
-                                                                      Tensor mask, Tensor weight, Tensor bias,
+                                                                      Tensor mask, Tensor scale, Tensor bias,
                                                                       Tensor mean, Tensor rstd, int64_t n, int64_t c,
                                                                       int64_t s, bool channels_last, bool relu,
                                                                       bool need_grad_x, bool need_grad_residual,
@@ -97,13 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_batch_norm_backward(Tensor gra
   STD_TORCH_CHECK(x.numel() > 0, "x is empty");
   const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_batch_norm);
   const cpu::DType dtype = dtype_of(x);
-  const float* gamma = check_vector(weight, c, x, "weight");
   const float* r = check_vector(rstd, c, x, "rstd");
-  check_vector(mask, c, x, "mask");
-  Tensor scale = torch::stable::empty_like(mask);
-  float* product = static_cast<float*>(scale.mutable_data_ptr());
-  for (int64_t i = 0; i < c; ++i) product[i] = gamma[i] * r[i];
-
   auto [none, grad_residual, sum_g, sum_gx] = masked_affine_backward(
       grad, x, y, mask, scale, mean, bias, n, c, s, channels_last, relu, false, need_grad_residual, isa);
   const float* g = static_cast<const float*>(sum_g.const_data_ptr());
@@ -144,8 +143,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_batch_norm_backward(Tensor gra
                               c,
                               row,
                               layout.numel()};
-  torch::stable::parallel_for(0, (layout.numel() + row - 1) / row, kGrain / row + 1,
-                              [&](int64_t begin, int64_t end) { kernel.grad_x(p, begin, end); });
+  for_rows_from_the_end((layout.numel() + row - 1) / row, row,
+                        [&](int64_t begin, int64_t end) { kernel.grad_x(p, begin, end); });
   return {grad_x, grad_residual, sum_g, sum_gx};
 }
 
@@ -154,10 +153,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_batch_norm_backward(Tensor gra
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mnp_fast_cpu, m) {
   m.def(
-      "masked_batch_norm(Tensor x, Tensor mask, Tensor weight, Tensor bias, Tensor? residual, int n, int c, int s, "
+      "masked_batch_norm(Tensor x, Tensor mask, Tensor scale, Tensor bias, Tensor? residual, int n, int c, int s, "
       "bool channels_last, float eps, bool relu, int isa) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "masked_batch_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor mask, Tensor weight, Tensor bias, "
+      "masked_batch_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor mask, Tensor scale, Tensor bias, "
       "Tensor mean, Tensor rstd, int n, int c, int s, bool channels_last, bool relu, bool need_grad_x, "
       "bool need_grad_residual, int isa) -> (Tensor, Tensor, Tensor, Tensor)");
 }

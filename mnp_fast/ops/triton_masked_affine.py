@@ -215,7 +215,7 @@ def forward(
     n, c, s, channels_last = layout
     rows, cols = (n * s, c) if channels_last else (n * c, s)
     block_rows, block_cols = tile_sizes(cols, MAX_CHANNELS if channels_last else MAX_POSITIONS)
-    with _device(x):
+    with device_of(x):
         forward_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(cols, block_cols))](
             x,
             x if residual is None else residual,
@@ -262,7 +262,7 @@ def backward(
         "NEED_X": need_grad_x,
         "NEED_RESIDUAL": need_grad_residual,
     }
-    with _device(x):
+    with device_of(x):
         if not channels_last:
             sum_g, sum_gx = mask.new_empty((n, c)), mask.new_empty((n, c))
             block_rows, block_cols = tile_sizes(s, MAX_POSITIONS)
@@ -283,6 +283,6 @@ def backward(
     return grad_x, grad_residual, sum_g.sum(1), sum_gx.sum(1)
 
 
-def _device(x: Tensor) -> Any:
+def device_of(x: Tensor) -> Any:
     # Triton launches on the current device. For a tensor on the CPU, in the interpreter, this does nothing.
     return torch.cuda.device(x.device if x.is_cuda else -1)
