@@ -12,23 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from mnp_fast.data import logits_of
 from mnp_fast.frozen import FrozenConv2d, FrozenLinear, attention
-from mnp_fast.ops import masked_affine
+from mnp_fast.ops import masked_act, masked_affine, masked_batch_norm
 from mnp_fast.sites import Site, columns, undisturbed
 
 aten = torch.ops.aten
-def masked_batch_norm(x, mask, weight, bias, residual=None, *, eps, act):
-    y = F.batch_norm(x, None, None, mask * weight, bias, True, 0.0, eps)
-    if residual is not None: y = y + residual
-    return y.relu() if act == "relu" else y
-def masked_act(x, mask, *, act, channel_dim=-1):
-    f = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[act]
-    return (f(x) * mask).to(x.dtype)
 MaskOf = Callable[[int], Tensor]
 """The mask of a site, by its number: float32, (neurons,)."""
 

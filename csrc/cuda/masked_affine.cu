@@ -6,101 +6,41 @@
 // of threads, which keeps its two sums. Channels inside, (n, s, c): a thread keeps the coefficients, and in the
 // backward the sums, of the channels that it owns and walks down the rows. One access is 16 bytes wherever addresses
 // allow it.
+#include "cuda/loops.cuh"
 #include "cuda/masked_affine.h"
-#include "cuda/rows.cuh"
 
 namespace mnp_fast::cuda {
 namespace {
 
-struct Channel {
-  float a, b;
+template <class T>
+struct Forward {
+  using Number = T;
+  MnpAffine affine;
+  const T *x, *residual;
+  T* y;
+
+  __device__ AffineChannel channel(int64_t c) const { return affine_channel(affine, c); }
+
+  template <int V, class At>
+  __device__ __forceinline__ void pack(int64_t i, At at) const {
+    const Pack<T, V> in = load<T, V>(x + i);
+    Pack<T, V> added{}, out;
+    if (residual != nullptr) added = load<T, V>(residual + i);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const AffineChannel coefficients = at(k);
+      float value = fmaf(coefficients.a, widen(in.v[k]), coefficients.b);
+      if (residual != nullptr) value += widen(added.v[k]);
+      // Written so that NaN stays NaN.
+      if (affine.relu) value = value < 0.0f ? 0.0f : value;
+      out.v[k] = narrow<T>(value);
+    }
+    store<T, V>(y + i, out);
+  }
 };
 
-__device__ __forceinline__ Channel channel(const MnpAffine& p, int64_t c) {
-  const float a = p.mask[c] * p.scale[c];
-  return {a, fmaf(-a, p.center[c], p.shift[c])};
-}
-
-template <class T>
-__device__ __forceinline__ T forward_one(T x, const T* residual, Channel channel, bool relu) {
-  float y = fmaf(channel.a, widen(x), channel.b);
-  if (residual != nullptr) y += widen(*residual);
-  // Written so that NaN stays NaN.
-  if (relu) y = y < 0.0f ? 0.0f : y;
-  return narrow<T>(y);
-}
-
-// --- Forward, memory in a line: every thread takes V numbers in a row, of one channel each `s` numbers
-template <class T, int V, class Index>
-__global__ void __launch_bounds__(kThreads) forward_line(MnpAffineForward p, Index s, Index total) {
-  const T* x = static_cast<const T*>(p.x);
-  const T* residual = static_cast<const T*>(p.residual);
-  T* y = static_cast<T*>(p.y);
-  const Index channels = static_cast<Index>(p.affine.c);
-  const bool one_channel = s % V == 0;
-  const Index start = (static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x) * V;
-  if (start >= total) return;
-  const Index plane = start / s;
-  Index offset = start - plane * s;
-  Index c = plane % channels;
-  Channel coefficients = channel(p.affine, c);
-  // The next number's channel; asked only where a pack may reach into another plane.
-  const auto advance = [&] {
-    if (++offset == s) {
-      offset = 0;
-      if (++c == channels) c = 0;
-      coefficients = channel(p.affine, c);
-    }
-  };
-  if (total - start >= V) {
-    const Pack<T, V> in = load<T, V>(x + start);
-    Pack<T, V> added{};
-    if (residual != nullptr) added = load<T, V>(residual + start);
-    Pack<T, V> out;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      out.v[i] = forward_one(in.v[i], residual != nullptr ? &added.v[i] : nullptr, coefficients, p.affine.relu);
-      if (!one_channel && i + 1 < V) advance();
-    }
-    store<T, V>(y + start, out);
-  } else {
-    for (Index i = start; i < total; ++i) {
-      y[i] = forward_one(x[i], residual != nullptr ? residual + i : nullptr, coefficients, p.affine.relu);
-      if (i + 1 < total) advance();
-    }
-  }
-}
-
-// --- Forward, channels inside: a thread owns V channels of kRowsPerThread rows; V divides the channels
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads) forward_columns(MnpAffineForward p, int64_t rows) {
-  const int64_t channels = p.affine.c;
-  const int64_t c = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * V;
-  if (c >= channels) return;
-  const T* x = static_cast<const T*>(p.x) + c;
-  const T* residual = p.residual != nullptr ? static_cast<const T*>(p.residual) + c : nullptr;
-  T* y = static_cast<T*>(p.y) + c;
-  Channel coefficients[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) coefficients[i] = channel(p.affine, c + i);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * kRowsPerThread + threadIdx.y;
-#pragma unroll 4
-  for (int k = 0; k < kRowsPerThread; ++k) {
-    const int64_t row = first + static_cast<int64_t>(k) * blockDim.y;
-    if (row >= rows) break;
-    const Pack<T, V> in = load<T, V>(x + row * channels);
-    Pack<T, V> added{};
-    if (residual != nullptr) added = load<T, V>(residual + row * channels);
-    Pack<T, V> out;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      out.v[i] = forward_one(in.v[i], residual != nullptr ? &added.v[i] : nullptr, coefficients[i], p.affine.relu);
-    }
-    store<T, V>(y + row * channels, out);
-  }
-}
-
 // --- Backward
+// ---------------------------------------------------------------------------------------------------------
 template <class T>
 struct Streams {
   const T *grad, *x, *y;
@@ -115,7 +55,7 @@ struct Streams {
 
 // V numbers at offset i, number k of channel[k * kStep]: kStep 0 for one channel, 1 for neighbours.
 template <int V, int kStep, class T>
-__device__ __forceinline__ void backward_pack(const Streams<T>& t, int64_t i, bool relu, const Channel* channel,
+__device__ __forceinline__ void backward_pack(const Streams<T>& t, int64_t i, bool relu, const AffineChannel* channel,
                                               const float* center, float* sum_g, float* sum_gx) {
   const Pack<T, V> grad = load<T, V>(t.grad + i);
   const Pack<T, V> x = load<T, V>(t.x + i);
@@ -123,7 +63,7 @@ __device__ __forceinline__ void backward_pack(const Streams<T>& t, int64_t i, bo
   if (relu && t.y != nullptr) y = load<T, V>(t.y + i);
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    const Channel coefficients = channel[k * kStep];
+    const AffineChannel coefficients = channel[k * kStep];
     const float value = widen(x.v[k]);
     float g = widen(grad.v[k]);
     if (relu) {
@@ -139,7 +79,7 @@ __device__ __forceinline__ void backward_pack(const Streams<T>& t, int64_t i, bo
   if (t.grad_residual != nullptr) store<T, V>(t.grad_residual + i, grad_residual);
 }
 
-// Channels outside: `kGroup` threads for each plane of s numbers, kGroup a warp or the block.
+// Channels outside: one sum for each plane.
 template <class T, int V, int kGroup>
 __global__ void __launch_bounds__(kThreads) backward_planes(MnpAffineBackward p, int64_t planes) {
   constexpr int kGroups = kThreads / kGroup;
@@ -149,28 +89,13 @@ __global__ void __launch_bounds__(kThreads) backward_planes(MnpAffineBackward p,
   if (plane >= planes) return;
   const Streams<T> t(p);
   const int64_t c = plane % p.affine.c;
-  const Channel coefficients = channel(p.affine, c);
+  const AffineChannel coefficients = affine_channel(p.affine, c);
   const float center = p.affine.center[c];
   float g = 0.0f, gx = 0.0f;
   for_plane<V, kGroup>(plane * p.affine.s, p.affine.s, lane, [&](auto width, int64_t i) {
     backward_pack<decltype(width)::value, 0>(t, i, p.affine.relu, &coefficients, &center, &g, &gx);
   });
-  g = warp_sum(g);
-  gx = warp_sum(gx);
-  if constexpr (kGroup > kWarp) {
-    __shared__ float sums[2][kGroup / kWarp];
-    if (lane % kWarp == 0) {
-      sums[0][lane / kWarp] = g;
-      sums[1][lane / kWarp] = gx;
-    }
-    __syncthreads();
-    if (lane == 0) {
-      for (int w = 1; w < kGroup / kWarp; ++w) {
-        g += sums[0][w];
-        gx += sums[1][w];
-      }
-    }
-  }
+  group_sums<kGroup>(lane, g, gx);
   if (lane == 0) {
     p.sum_g[plane] = g;
     p.sum_gx[plane] = gx;
@@ -181,7 +106,6 @@ __global__ void __launch_bounds__(kThreads) backward_planes(MnpAffineBackward p,
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     backward_columns(MnpAffineBackward p, int64_t chunk_rows, int64_t chunks, float* out_g, float* out_gx) {
-  __shared__ float sums[2][kThreads * V];
   const Streams<T> t(p);
   const int64_t channels = p.affine.c;
   const int64_t sample = blockIdx.x / chunks;
@@ -190,11 +114,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t c = tile + threadIdx.x * V;
   float g[V] = {}, gx[V] = {};
   if (c < channels) {
-    Channel coefficients[V];
+    AffineChannel coefficients[V];
     float center[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      coefficients[i] = channel(p.affine, c + i);
+      coefficients[i] = affine_channel(p.affine, c + i);
       center[i] = p.affine.center[c + i];
     }
     const int64_t first = chunk * chunk_rows;
@@ -204,60 +128,31 @@ __global__ void __launch_bounds__(kThreads)
       backward_pack<V, 1>(t, (sample * p.affine.s + row) * channels + c, p.affine.relu, coefficients, center, g, gx);
     }
   }
-  const int width = blockDim.x * V;
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    sums[0][threadIdx.y * width + threadIdx.x * V + i] = g[i];
-    sums[1][threadIdx.y * width + threadIdx.x * V + i] = gx[i];
+  const int64_t out = static_cast<int64_t>(blockIdx.x) * channels;
+  column_sums<V>(g, gx, tile, channels, out_g + out, out_gx + out);
+}
+
+// Adds up the chunks of each sample, first to last.
+__global__ void __launch_bounds__(kThreads)
+    add_chunks(const float* g, const float* gx, float* sum_g, float* sum_gx, int64_t total, int64_t c, int64_t chunks) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= total) return;
+  const int64_t first = i / c * chunks * c + i % c;
+  float total_g = 0.0f, total_gx = 0.0f;
+  for (int64_t k = 0; k < chunks; ++k) {
+    total_g += g[first + k * c];
+    total_gx += gx[first + k * c];
   }
-  __syncthreads();
-  for (int column = threadIdx.y * blockDim.x + threadIdx.x; column < width; column += kThreads) {
-    if (tile + column >= channels) continue;
-    float total_g = 0.0f, total_gx = 0.0f;
-    for (int row = 0; row < blockDim.y; ++row) {
-      total_g += sums[0][row * width + column];
-      total_gx += sums[1][row * width + column];
-    }
-    const int64_t out = static_cast<int64_t>(blockIdx.x) * channels + tile + column;
-    out_g[out] = total_g;
-    out_gx[out] = total_gx;
-  }
+  sum_g[i] = total_g;
+  sum_gx[i] = total_gx;
 }
 
 // --- Launches
+// ---------------------------------------------------------------------------------------------------------
 template <class T>
 int forward_typed(const MnpAffineForward& p) {
-  constexpr int kV = kPerAccess<T>;
-  const auto stream = static_cast<cudaStream_t>(p.affine.stream);
-  const int64_t total = p.affine.n * p.affine.c * p.affine.s;
-  const bool wide = aligned(p.x) && aligned(p.residual) && aligned(p.y);
-  if (p.affine.channels_last && wide && p.affine.c % kV == 0) {
-    const int64_t rows = p.affine.n * p.affine.s, packs = p.affine.c / kV;
-    const dim3 block = columns_block(packs);
-    const dim3 grid(static_cast<unsigned int>(ceil_div(rows, static_cast<int64_t>(block.y) * kRowsPerThread)),
-                    static_cast<unsigned int>(ceil_div(packs, block.x)));
-    forward_columns<T, kV><<<grid, block, 0, stream>>>(p, rows);
-    return cudaGetLastError();
-  }
-  // Channels inside are planes of one number to the kernel that goes through memory in a line.
-  const int64_t s = p.affine.channels_last ? 1 : p.affine.s;
-  const auto launch = [&](auto width, auto index) {
-    using Index = decltype(index);
-    constexpr int kWidth = decltype(width)::value;
-    const auto blocks = static_cast<unsigned int>(ceil_div(ceil_div(total, kWidth), kThreads));
-    forward_line<T, kWidth, Index>
-        <<<blocks, kThreads, 0, stream>>>(p, static_cast<Index>(s), static_cast<Index>(total));
-  };
-  // 32-bit division is several times cheaper; threads reach up to one block beyond the end.
-  const bool small = total < (int64_t{1} << 31);
-  const std::integral_constant<int, kV> packs;
-  const std::integral_constant<int, 1> singles;
-  if (wide) {
-    small ? launch(packs, uint32_t{}) : launch(packs, uint64_t{});
-  } else {
-    small ? launch(singles, uint32_t{}) : launch(singles, uint64_t{});
-  }
-  return cudaGetLastError();
+  const Forward<T> op{p.affine, static_cast<const T*>(p.x), static_cast<const T*>(p.residual), static_cast<T*>(p.y)};
+  return launch_elementwise(op, p.affine, aligned(p.x) && aligned(p.residual) && aligned(p.y));
 }
 
 template <class T, int V>
@@ -283,7 +178,7 @@ int backward_wide(const MnpAffineBackward& p) {
   backward_columns<T, V><<<grid, block, 0, stream>>>(p, rows, chunks, out_g, out_gx);
   if (parts) {
     const auto blocks = static_cast<unsigned int>(ceil_div(n * c, kThreads));
-    add_chunks<<<blocks, kThreads, 0, stream>>>(p.partial, p.sum_g, p.sum_gx, n * c, c, chunks);
+    add_chunks<<<blocks, kThreads, 0, stream>>>(out_g, out_gx, p.sum_g, p.sum_gx, n * c, c, chunks);
   }
   return cudaGetLastError();
 }
@@ -332,7 +227,10 @@ int mnp_masked_affine_backward(const MnpAffineBackward* p) {
 }
 
 int64_t mnp_masked_affine_partial(int64_t n, int64_t c, int64_t s, bool channels_last) {
-  return 2 * mnp_fast::cuda::partial_sums(n, c, s, channels_last);
+  using namespace mnp_fast::cuda;
+  if (!channels_last) return 0;
+  const int64_t chunks = ceil_div(s, chunk_rows(c));
+  return chunks > 1 ? 2 * n * chunks * c : 0;
 }
 
 int mnp_masked_affine_check(int32_t device) {

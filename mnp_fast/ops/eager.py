@@ -23,7 +23,7 @@ def short_way(
     save: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """A function like the op ``dispatched``. forward, save, backward: as `torch.library.register_autograd` takes them."""
+    """A function like the op ``dispatched``; forward, save, backward are those of `torch.library.register_autograd`."""
     function = type(
         forward.__module__.rpartition(".")[2],
         (torch.autograd.Function,),

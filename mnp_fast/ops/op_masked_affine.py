@@ -208,10 +208,10 @@ def _gradients(run: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor 
     )
 
 
-_forward_op.register_autograd(partial(_gradients, torch.ops.mnp_fast.masked_affine_backward.default), setup_context=_save)
-_forward = short_way(
-    torch.ops.mnp_fast.masked_affine.default, _run, _save, partial(_gradients, _run_backward)
+_forward_op.register_autograd(
+    partial(_gradients, torch.ops.mnp_fast.masked_affine_backward.default), setup_context=_save
 )
+_forward = short_way(torch.ops.mnp_fast.masked_affine.default, _run, _save, partial(_gradients, _run_backward))
 
 
 def _check(

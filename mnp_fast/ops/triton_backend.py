@@ -123,6 +123,4 @@ def masked_batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mnp_fast.ops import triton_masked_batch_norm as kernels
 
-    return kernels.backward(
-        grad, x, y, mask, weight, bias, mean, rstd, layout, act, need_grad_x, need_grad_residual
-    )
+    return kernels.backward(grad, x, y, mask, weight, bias, mean, rstd, layout, act, need_grad_x, need_grad_residual)

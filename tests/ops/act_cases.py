@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from channel_cases import leaf, providers, random_tensor, spread
+from channel_cases import all_providers, leaf, providers, random_tensor, spread
 from torch import Tensor
 
 from mnp_fast.ops import masked_act
@@ -59,7 +59,7 @@ def case_id(case: Case) -> str:
     return f"{'x'.join(map(str, case.shape))}-{case.channel_dim}-{case.act}-{case.memory}"
 
 
-ALL_PROVIDERS = [p for dtype in (torch.float32, torch.bfloat16, torch.float16) for p in providers("masked_act", dtype)]
+ALL_PROVIDERS = all_providers("masked_act")
 FLOAT32_PROVIDERS = providers("masked_act", torch.float32)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from channel_cases import leaf, providers, random_tensor, spread
+from channel_cases import all_providers, leaf, providers, random_tensor, spread
 from torch import Tensor
 
 from mnp_fast.ops import masked_affine
@@ -50,7 +50,7 @@ def case_id(case: Case) -> str:
     return f"{sizes}-{case.channel_dim}-{case.act}{'-residual' if case.residual else ''}-{case.memory}"
 
 
-ALL_PROVIDERS = [p for dtype in (torch.float32, torch.bfloat16, torch.float16) for p in providers("masked_affine", dtype)]
+ALL_PROVIDERS = all_providers("masked_affine")
 FLOAT32_PROVIDERS = providers("masked_affine", torch.float32)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from affine_cases import Case
-from channel_cases import leaf, providers, random_tensor, spread
+from channel_cases import all_providers, leaf, providers, random_tensor, spread
 from torch import Tensor
 
 from mnp_fast.ops import masked_batch_norm
@@ -31,9 +31,7 @@ CASES = [
     Case((2, 3, 105, 105), act="relu", residual=True, memory="channels_last"),
 ]
 
-ALL_PROVIDERS = [
-    p for dtype in (torch.float32, torch.bfloat16, torch.float16) for p in providers("masked_batch_norm", dtype)
-]
+ALL_PROVIDERS = all_providers("masked_batch_norm")
 FLOAT32_PROVIDERS = providers("masked_batch_norm", torch.float32)
 
 

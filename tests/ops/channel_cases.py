@@ -45,6 +45,10 @@ def providers(op: str, dtype: torch.dtype) -> list:
     return found
 
 
+def all_providers(op: str) -> list:
+    return [p for dtype in (torch.float32, torch.bfloat16, torch.float16) for p in providers(op, dtype)]
+
+
 def assert_ratio(name: str, value: Tensor, exact: Tensor, plain: Tensor) -> None:
     """The largest error of `value` is at most RATIO times that of plain torch in the same dtype."""
     if not value.numel():

@@ -24,15 +24,16 @@ def test_compiles_without_a_gpu(dtype, arch, act, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from mnp_fast.ops import triton_masked_act as kernels
 
+    types = dict.fromkeys(["x", "y", "grad", "grad_x"], POINTERS[dtype]) | dict.fromkeys(["mask", "sum_gact"], "*fp32")
     for channels_last in (False, True):
         rows, cols = kernels.tile_sizes(3136 if not channels_last else 256, 1024 if not channels_last else 128)
         tile = {"ACT": act, "BLOCK_ROWS": rows, "BLOCK_COLS": cols}
         constants = {"CHANNELS_LAST": channels_last, **tile}
-        forward = compile_kernel(kernels.forward_kernel, ["x", "y"], ["mask"], constants, dtype, arch)
+        forward = compile_kernel(kernels.forward_kernel, types, constants, arch)
         assert forward.asm["cubin"]
         assert WIDE.search(forward.asm["ptx"])
         kernel = kernels.backward_columns_kernel if channels_last else kernels.backward_planes_kernel
         constants = {"NEED_X": True, "TILES": 4, **tile}
-        backward = compile_kernel(kernel, ["grad", "x", "grad_x"], ["mask", "sum_gact"], constants, dtype, arch)
+        backward = compile_kernel(kernel, types, constants, arch)
         assert backward.asm["cubin"]
         assert WIDE.search(backward.asm["ptx"])

@@ -9,7 +9,7 @@ from triton_compile import POINTERS, WIDE, compile_kernel, run_in_interpreter
 
 triton = pytest.importorskip("triton")
 
-FLOATS = ["mask", "scale", "center", "shift"]
+VECTORS = dict.fromkeys(["mask", "scale", "center", "shift", "sum_g", "sum_gx"], "*fp32")
 
 
 def test_interpreter_gives_the_same_results():
@@ -24,16 +24,16 @@ def test_compiles_without_a_gpu(dtype, arch, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from mnp_fast.ops import triton_masked_affine as kernels
 
+    tensors = dict.fromkeys(["x", "residual", "y", "grad", "grad_x", "grad_residual"], POINTERS[dtype])
     for channels_last in (False, True):
         rows, cols = kernels.tile_sizes(3136 if not channels_last else 256, 1024 if not channels_last else 128)
         tile = {"BLOCK_ROWS": rows, "BLOCK_COLS": cols}
         constants = {"CHANNELS_LAST": channels_last, "HAS_RESIDUAL": True, "RELU": True, **tile}
-        forward = compile_kernel(kernels.forward_kernel, ["x", "residual", "y"], FLOATS, constants, dtype, arch)
+        forward = compile_kernel(kernels.forward_kernel, tensors | VECTORS, constants, arch)
         assert forward.asm["cubin"]
         assert WIDE.search(forward.asm["ptx"])
         flags = {"RELU": True, "HAS_Y": True, "NEED_X": True, "NEED_RESIDUAL": True, "TILES": 4, **tile}
-        tensors = ["grad", "x", "y", "grad_x", "grad_residual"]
         kernel = kernels.backward_columns_kernel if channels_last else kernels.backward_planes_kernel
-        backward = compile_kernel(kernel, tensors, [*FLOATS, "sum_g", "sum_gx"], flags, dtype, arch)
+        backward = compile_kernel(kernel, tensors | VECTORS, flags, arch)
         assert backward.asm["cubin"]
         assert WIDE.search(backward.asm["ptx"])

@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: the interpreter in a process of its own, and compilation without a GPU."""
+"""What the tests of the Triton kernels share: the interpreter in its own process, and compilation without a GPU."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def run_in_interpreter(tests: str) -> int:
     return int(passed[1])
 
 
-def compile_kernel(kernel, pointers: list[str], floats: list[str], constants: dict, dtype: str, arch: int):
-    """`pointers` are to `dtype`, `floats` to float32, what is no constant either is a size."""
+def compile_kernel(kernel, types: dict[str, str], constants: dict, arch: int, options=None, aligned=None):
+    """`types`: of what is neither a constant nor a size; `options`: None for those that most kernels have;
+    `aligned`: the arguments that are multiples of 16, None for all pointers and sizes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from mnp_fast.ops.triton_common import OPTIONS
 
-    signature = dict.fromkeys(kernel.arg_names, "i32")
-    signature |= dict.fromkeys(pointers, POINTERS[dtype])
-    signature |= dict.fromkeys(floats, "*fp32")
-    signature |= dict.fromkeys(constants, "constexpr")
-    signature = {name: signature[name] for name in kernel.arg_names}
-    # Torch's allocations are aligned, and so is what the launcher would find for these sizes.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)
+    types = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in kernel.arg_names}
+    if aligned is None:
+        # Torch's allocations are aligned, and so is what the launcher would find for these sizes.
+        aligned = [name for name, kind in signature.items() if kind[0] in "*i"]
+    hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options or OPTIONS)
