@@ -31,7 +31,8 @@ Tensor masked_affine(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor 
                                    row,
                                    layout.numel()};
   const int64_t units = (layout.numel() + row - 1) / row;
-  for_rows_from_the_end(units, row, [&](int64_t begin, int64_t end) { kernel.forward(p, begin, end); });
+  torch::stable::parallel_for(0, units, kGrain / row + 1,
+                              [&](int64_t begin, int64_t end) { kernel.forward(p, begin, end); });
   return y;
 }
 

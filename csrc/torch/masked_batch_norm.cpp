@@ -1,7 +1,6 @@
 // The CPU kernels of masked_batch_norm as torch operators. mnp_fast/ops/op_masked_batch_norm.py holds the public op.
 #include "cpu/masked_batch_norm.h"
 
-#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -10,9 +9,6 @@
 
 namespace mnp_fast {
 namespace {
-
-// Rows of a unit of sums where channels are inside, at least: what it leaves must be little beside what it reads.
-constexpr int64_t kLeastRows = 128;
 
 // What the units leave, as items x channels: where channels are inside, an item is every repetition of them in a row.
 struct PartialSums {
@@ -69,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_batch_norm(Tensor x, Tensor mask, Tens
 
   const int64_t times = channels_last ? repeats(c, n * s) : 1;
   const int64_t row = channels_last ? c * times : s;
-  const int64_t block_rows = std::max(kBlock / row + 1, kLeastRows);
+  const int64_t block_rows = kBlock / row + 1;
   const int64_t unit_size = channels_last ? block_rows * row : row;
   const int64_t units = (layout.numel() + unit_size - 1) / unit_size;
   PartialSums partial(channels_last ? units * times : n, c);
@@ -143,8 +139,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_batch_norm_backward(Tensor gra
                               c,
                               row,
                               layout.numel()};
-  for_rows_from_the_end((layout.numel() + row - 1) / row, row,
-                        [&](int64_t begin, int64_t end) { kernel.grad_x(p, begin, end); });
+  torch::stable::parallel_for(0, (layout.numel() + row - 1) / row, kGrain / row + 1,
+                              [&](int64_t begin, int64_t end) { kernel.grad_x(p, begin, end); });
   return {grad_x, grad_residual, sum_g, sum_gx};
 }
 

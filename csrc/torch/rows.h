@@ -38,16 +38,6 @@ inline int64_t repeats(int64_t channels, int64_t most) {
   return times <= most ? times : 1;
 }
 
-// run(begin, end) for all rows of `row` numbers, over the threads; each goes through its rows from the last block to
-// the first, since what was read or written last, by an op or a pass before this one, may still be in the cache.
-template <class Run>
-void for_rows_from_the_end(int64_t rows, int64_t row, Run run) {
-  const int64_t block = kBlock / row + 1;
-  torch::stable::parallel_for(0, rows, kGrain / row + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t stop = end; stop > begin; stop -= block) run(stop - begin < block ? begin : stop - block, stop);
-  });
-}
-
 // a, b and center, each repeated to one row.
 struct Coefficients {
   std::vector<float> values;
