@@ -70,12 +70,12 @@ __global__ void __launch_bounds__(kThreads) elementwise_columns(Op op, int64_t c
   decltype(op.channel(c)) coefficients[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) coefficients[i] = op.channel(c + i);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * kRowsPerThread + threadIdx.y;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * kRowsPerThread;
+  const int64_t last = first + static_cast<int64_t>(blockDim.y) * kRowsPerThread;
+  const int64_t end = (last < rows ? last : rows) * channels, step = blockDim.y * channels;
 #pragma unroll 4
-  for (int k = 0; k < kRowsPerThread; ++k) {
-    const int64_t row = first + static_cast<int64_t>(k) * blockDim.y;
-    if (row >= rows) break;
-    op.template pack<V>(row * channels + c, [&](int i) { return coefficients[i]; });
+  for (int64_t i = (first + threadIdx.y) * channels + c; i < end; i += step) {
+    op.template pack<V>(i, [&](int k) { return coefficients[k]; });
   }
 }
 

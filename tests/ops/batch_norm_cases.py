@@ -26,9 +26,9 @@ CASES = [
     Case((7, 70), act="relu"),
     Case((2, 8, 3, 4, 3), act="relu", memory="channels_last"),
     Case((2, 5, 6, 4), act="relu", residual=True, memory="strided"),
-    # More than one unit, with a last one of a single cut row.
-    Case((1, 64, 33, 31), act="relu", memory="channels_last"),
-    Case((2, 3, 105, 105), act="relu", residual=True, memory="channels_last"),
+    # More than one part of memory for the sums, the last one on the CPU a single cut row in the second case.
+    Case((1, 64, 33, 32), act="relu", memory="channels_last"),
+    Case((2, 3, 135, 81), act="relu", residual=True, memory="channels_last"),
 ]
 
 ALL_PROVIDERS = all_providers("masked_batch_norm")
