@@ -18,7 +18,12 @@ def check_act(op: str, act: str, known: Sequence[str]) -> None:
 
 
 def check_tensors(
-    op: str, x: Tensor, names: Sequence[str], vectors: Sequence[Tensor], others: Sequence[Tensor | None], channel_dim: int
+    op: str,
+    x: Tensor,
+    names: Sequence[str],
+    vectors: Sequence[Tensor],
+    others: Sequence[Tensor | None],
+    channel_dim: int,
 ) -> None:
     """`vectors`: one number a channel, called `names`; `others`: tensors that must look like x."""
     if channel_dim not in (1, -1):

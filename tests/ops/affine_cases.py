@@ -50,7 +50,9 @@ def case_id(case: Case) -> str:
     return f"{sizes}-{case.channel_dim}-{case.act}{'-residual' if case.residual else ''}-{case.memory}"
 
 
-ALL_PROVIDERS = [p for dtype in (torch.float32, torch.bfloat16, torch.float16) for p in providers("masked_affine", dtype)]
+ALL_PROVIDERS = [
+    p for dtype in (torch.float32, torch.bfloat16, torch.float16) for p in providers("masked_affine", dtype)
+]
 FLOAT32_PROVIDERS = providers("masked_affine", torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: the interpreter in a process of its own, and compilation without a GPU."""
+"""What the tests of Triton kernels share: the interpreter in a process of its own, and compilation without a GPU."""
 
 from __future__ import annotations
 
