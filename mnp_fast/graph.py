@@ -6,23 +6,24 @@ numbers are those of the module level (`mnp_fast.masked`), which also runs whate
 
 from __future__ import annotations
 
-import operator
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
 from torch.export.graph_signature import InputKind, OutputKind
 
+from mnp_fast import workers
 from mnp_fast.data import logits_of
 from mnp_fast.frozen import FrozenConv2d, FrozenLinear, attention
 from mnp_fast.ops import masked_act, masked_affine, masked_batch_norm
-from mnp_fast.sites import Site, columns, undisturbed
+from mnp_fast.sites import Site, columns, total_neurons, undisturbed
 
 aten = torch.ops.aten
-MaskOf = Callable[[int], Tensor]
-"""The mask of a site, by its number: float32, (neurons,)."""
 
 _RELU = (aten.relu.default, aten.relu_.default)
 _ADD = (aten.add.Tensor, aten.add_.Tensor)
@@ -121,11 +122,11 @@ def capture(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Capture
 
 def _trial(captured: Captured, model: nn.Module, sites: Sequence[Site], images: Tensor) -> str | None:
     """Why the trace cannot stand for the model, after a forward of both."""
-    ones = [torch.ones(site.neurons, device=images.device) for site in sites]
+    ones = torch.ones(total_neurons(sites), device=images.device)
     try:
         with undisturbed(model), torch.no_grad():
             expected = logits_of(model(images))
-            found = program(captured, model, sites, ones.__getitem__, batch_statistics=False, dtype=None)(images)
+            found = program(captured, model, sites, ones, batch_statistics=False, dtype=None)(images)
     except Exception as error:
         lines = str(error).strip().splitlines()
         return f"the trace does not run: {type(error).__name__}: {lines[0][:200] if lines else ''}"
@@ -184,19 +185,20 @@ def program(
     captured: Captured,
     model: nn.Module,
     sites: Sequence[Site],
-    mask_of: MaskOf | None,
+    mask: Tensor | None,
     *,
     batch_statistics: bool,
     dtype: torch.dtype | None,
 ) -> Callable[[Tensor], Tensor]:
     """A function of images that runs the trace with the weights of ``model``; returns logits (b, classes).
 
-    mask_of: None for no masks and trainable weights; with it every weight is taken as it is now.
-    dtype: that of products (convolutions, linear layers, attention), torch.bfloat16 or None for float32.
+    mask: (total_neurons(sites),) float32, read in every call; None for no masks and trainable weights. With a mask every
+    weight is taken as it is now. dtype: that of products (convolutions, linear layers, attention), torch.bfloat16 or
+    None for float32. On a CPU pictures that do not depend on each other are shared out to one thread a core.
     """
     assert captured.graph is not None
     assert captured.names is not None
-    return _Rewriter(captured, model, sites, mask_of, batch_statistics, dtype).run()
+    return _Rewriter(captured, model, sites, mask, batch_statistics, dtype).run()
 
 
 class _Rewriter:
@@ -205,7 +207,7 @@ class _Rewriter:
         captured: Captured,
         model: nn.Module,
         sites: Sequence[Site],
-        mask_of: MaskOf | None,
+        mask: Tensor | None,
         batch_statistics: bool,
         dtype: torch.dtype | None,
     ) -> None:
@@ -214,7 +216,9 @@ class _Rewriter:
         output = self.graph.graph_copy(captured.graph, values)  # type: ignore[arg-type]
         self.graph.output(output[0])
         self.nodes = {old.name: new for old, new in values.items()}
-        self.sites, self.mask_of, self.batch_statistics = sites, mask_of, batch_statistics
+        self.sites, self.mask, self.batch_statistics = sites, mask, batch_statistics
+        self.views = threading.local()  # of the mask, in the forward that runs in this thread
+        self.parameters = list(model.parameters())
         self.dtype = dtype or torch.float32
         self.low = dtype is not None
         self.root: dict[str, Any] = {}
@@ -230,7 +234,7 @@ class _Rewriter:
     def run(self) -> Callable[[Tensor], Tensor]:
         self._simplify()
         normalised: dict[fx.Node, int | None] = {}
-        for i, places in enumerate(self.captured.places if self.mask_of is not None else ()):
+        for i, places in enumerate(self.captured.places if self.mask is not None else ()):
             for place in places:
                 node = self.nodes[place.node]
                 kind = self.sites[i].kind
@@ -245,14 +249,23 @@ class _Rewriter:
         for node in list(self.graph.nodes):
             if node.target == aten.batch_norm.default:
                 self._batch_norm(node, normalised.get(node))
-        if self.mask_of is not None:
+        if self.mask is not None:
             for node in list(self.graph.nodes):
                 self._freeze(node)
         module = fx.GraphModule(self.root, self.graph)
         module.graph.eliminate_dead_code()
         module.recompile()
         device = next(iter(self.values.values())).device.type
-        return _Program(module, device, self.dtype if self.low else None)
+        return _Program(
+            module,
+            self.views,
+            [site.neurons for site in self.sites],
+            self.mask,
+            self.parameters,
+            device,
+            self.dtype if self.low else None,
+            apart=device == "cpu" and not self.batch_statistics and self.captured.batch is None,
+        )
 
     # ------------------------------------------------------------ nodes and what they stand for
     def _attribute(self, placeholder: fx.Node, tensor: Tensor) -> None:
@@ -314,9 +327,8 @@ class _Rewriter:
 
     # ------------------------------------------------------------ sites
     def _mask(self, i: int) -> Callable[[], Tensor]:
-        mask_of = self.mask_of
-        assert mask_of is not None
-        return lambda: mask_of(i)
+        views = self.views
+        return lambda: views.of[i]
 
     def _swap(self, node: fx.Node, argument: int, i: int) -> None:
         """The parameter times its mask, where it is used in another way than its kind expects."""
@@ -368,7 +380,7 @@ class _Rewriter:
         assert running_mean is not None
         assert running_var is not None
         statistics = (running_mean, running_var, float(eps))  # type: ignore[arg-type]
-        if self.mask_of is None:
+        if self.mask is None:
             self._fuse(node, lambda act: _TrainedAffine(gamma, beta, *statistics, act))
             return
         scale = gamma.detach() * torch.rsqrt(running_var + float(eps))  # type: ignore[arg-type]
@@ -422,15 +434,81 @@ def _activation(node: fx.Node) -> str | None:
 
 # ---------------------------------------------------------------- what runs in the place of nodes
 class _Program:
-    def __init__(self, module: fx.GraphModule, device: str, dtype: torch.dtype | None) -> None:
-        self.module, self.device, self.dtype = module, device, dtype
+    """``apart``: no picture's logits depend on another picture, and any number of them can be given."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        views: threading.local,
+        sizes: list[int],
+        mask: Tensor | None,
+        parameters: list[nn.Parameter],
+        device: str,
+        dtype: torch.dtype | None,
+        apart: bool,
+    ) -> None:
+        self.module, self.views, self.sizes, self.mask, self.parameters = module, views, sizes, mask, parameters
+        self.device, self.dtype, self.apart = device, dtype, apart
 
     def __call__(self, images: Tensor) -> Tensor:
+        # A trace needs two pictures.
+        parts = min(workers.threads(), len(images) // 2) if self.apart else 1
+        leaves = [self.mask] if self.mask is not None else [p for p in self.parameters if p.requires_grad]
+        if parts < 2:
+            return self.run(images, self.mask)
+        chunks = images.tensor_split(parts)
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+            logits: Tensor = _Apart.apply(self, chunks, *leaves)
+            return logits
+        return torch.cat(workers.side_by_side([partial(self.run, chunk, self.mask) for chunk in chunks]))
+
+    def run(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            # One split a forward: its backward is one cat, and the gradient of the mask is one tensor.
+            self.views.of = mask.split(self.sizes)
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
             logits: Tensor = self.module(images)
         return logits
+
+
+class _Apart(torch.autograd.Function):
+    """Forward and backward of several chunks of pictures side by side. leaves: the mask, or the trained weights."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: _Program, chunks: Sequence[Tensor], *leaves: Tensor) -> Tensor:
+        masked = whole.mask is not None
+
+        def piece(chunk: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+            with torch.enable_grad():
+                own = [leaves[0].detach().requires_grad_()] if masked else leaves
+                return whole.run(chunk, own[0] if masked else None), own
+
+        ctx.parts = workers.side_by_side([partial(piece, chunk) for chunk in chunks])
+        return torch.cat([logits.detach() for logits, _ in ctx.parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parts, ctx.parts = ctx.parts, None
+        grads = grad.split([len(logits) for logits, _ in parts])
+
+        def piece(part: tuple[Tensor, Sequence[Tensor]], grad: Tensor) -> Sequence[Tensor | None]:
+            logits, own = part
+            return torch.autograd.grad(logits, own, grad, allow_unused=True)
+
+        found = workers.side_by_side([partial(piece, part, g) for part, g in zip(parts, grads, strict=True)])
+        return None, None, *(_total(each) for each in zip(*found, strict=True))
+
+
+def _total(parts: Sequence[Tensor | None]) -> Tensor | None:
+    first, *others = [part for part in parts if part is not None] or [None]
+    for other in others:
+        assert first is not None
+        assert other is not None
+        first = first.add_(other)
+    return first
 
 
 class _Affine(nn.Module):

@@ -94,8 +94,7 @@ def masked(
                     _use_batch_statistics(module, undo)
         run = None
         if how.captured is not None and how.captured.reason is None:
-            mask_of = None if mask is None else views.__getitem__
-            run = program(how.captured, model, sites, mask_of, batch_statistics=batch_statistics, dtype=how.dtype)
+            run = program(how.captured, model, sites, mask, batch_statistics=batch_statistics, dtype=how.dtype)
         if mask is not None or run is not None or how.dtype is not None:
             device = next((p.device.type for p in model.parameters()), "cpu")
             modules = _by_modules(model.forward, sites, views, swaps, device, how.dtype)
@@ -179,11 +178,11 @@ def _root_forward(
     sizes = [site.neurons for site in sites]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if run is not None and captured is not None and len(args) == 1 and not kwargs and captured.takes(args[0]):
+            return run(args[0])
         if mask is not None:
             # One split a forward: its backward is one cat, and the gradient of the mask is one tensor.
             views[:] = mask.split(sizes)
-        if run is not None and captured is not None and len(args) == 1 and not kwargs and captured.takes(args[0]):
-            return run(args[0])
         return modules(*args, **kwargs)
 
     return forward
