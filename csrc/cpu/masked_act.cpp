@@ -21,58 +21,70 @@ struct Tail {
 
 struct Gelu {
   static constexpr float kLimit = kGeluLimit;
+  template <class T>
   static MNP_ALWAYS_INLINE Tail tail(Vec a) {
-    const Vec e = exp2(a * a * Vec::fill(-0.5f * kLog2E));
-    return {e * normal_tail(a), e * Vec::fill(0.398942280f)};
+    const Vec e = exp2<T>(a * a * Vec::fill(-0.5f * kLog2E));
+    return {e * normal_tail<T>(a), e * Vec::fill(0.398942280f)};
   }
 };
 
 // Q(a) = 1/(1 + exp(g)), `slope` being g'(a).
+template <class T>
 MNP_ALWAYS_INLINE Tail logistic_tail(Vec g, Vec slope) {
-  const Vec e = exp2(g * Vec::fill(-kLog2E)), one = Vec::fill(1.0f);
+  const Vec e = exp2<T>(g * Vec::fill(-kLog2E)), one = Vec::fill(1.0f);
   const Vec q = e / (one + e);
   return {q, (q - q * q) * slope};
 }
 
 struct GeluTanh {
   static constexpr float kLimit = kGeluTanhLimit;
+  template <class T>
   static MNP_ALWAYS_INLINE Tail tail(Vec a) {
     constexpr float k = 1.59576912f, cubic = 0.044715f;
     const Vec square = a * a, one = Vec::fill(k);
-    return logistic_tail(a * fma(square, Vec::fill(k * cubic), one), fma(square, Vec::fill(3.0f * k * cubic), one));
+    return logistic_tail<T>(a * fma(square, Vec::fill(k * cubic), one), fma(square, Vec::fill(3.0f * k * cubic), one));
   }
 };
 
 struct Silu {
   static constexpr float kLimit = kSiluLimit;
-  static MNP_ALWAYS_INLINE Tail tail(Vec a) { return logistic_tail(a, Vec::fill(1.0f)); }
+  template <class T>
+  static MNP_ALWAYS_INLINE Tail tail(Vec a) {
+    return logistic_tail<T>(a, Vec::fill(1.0f));
+  }
 };
 
 struct QuickGelu {
   static constexpr float kLimit = kQuickGeluLimit;
+  template <class T>
   static MNP_ALWAYS_INLINE Tail tail(Vec a) {
     const Vec k = Vec::fill(1.702f);
-    return logistic_tail(k * a, k);
+    return logistic_tail<T>(k * a, k);
   }
 };
 
 template <class Curve>
 struct Smooth {
+  template <class T>
   static MNP_ALWAYS_INLINE Value at(Vec x) {
     const Vec a = x.abs().at_most(Vec::fill(Curve::kLimit)), half = Vec::fill(0.5f);
-    const Tail t = Curve::tail(a);
+    const Tail t = Curve::template tail<T>(a);
     return {x.relu() - a * t.q, half + (fma(a, t.d, half) - t.q).negated_with(x)};
   }
 };
 
 struct Relu {
-  static MNP_ALWAYS_INLINE Value at(Vec x) { return {x.relu(), Vec::fill(1.0f).where_positive(x)}; }
+  template <class T>
+  static MNP_ALWAYS_INLINE Value at(Vec x) {
+    return {x.relu(), Vec::fill(1.0f).where_positive(x)};
+  }
 };
 
 template <class F, class T, class Channels>
 void forward_run(const T* x, T* y, Channels mask, int64_t n) {
-  for_vectors(n,
-              [=](int64_t i, auto lanes) { lanes.store(mask.load(i, lanes) * F::at(lanes.load(x + i)).act, y + i); });
+  for_vectors(n, [=](int64_t i, auto lanes) {
+    lanes.store(mask.load(i, lanes) * F::template at<T>(lanes.load(x + i)).act, y + i);
+  });
 }
 
 template <class F, class T>
@@ -97,7 +109,7 @@ struct Streams {
 template <class F, class T, class Lanes>
 MNP_ALWAYS_INLINE Vec backward_one(const Streams<T>& t, int64_t i, Lanes lanes, Vec mask) {
   const Vec g = lanes.load(t.grad + i);
-  const Value value = F::at(lanes.load(t.x + i));
+  const Value value = F::template at<T>(lanes.load(t.x + i));
   if (t.grad_x != nullptr) lanes.store(mask * (value.slope * g), t.grad_x + i);
   return g * value.act;
 }

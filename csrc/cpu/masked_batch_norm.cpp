@@ -49,12 +49,12 @@ Sums sums_of_run(const T* x, float k, int64_t n) {
 
 template <class T>
 void sums_of_plane(const BatchNormSums& p, int64_t unit) {
-  const T* x = static_cast<const T*>(p.x) + unit * p.row;
-  const int64_t first = p.row < kChunk ? p.row : kChunk;
+  const T* x = static_cast<const T*>(p.x) + unit * p.rows.row;
+  const int64_t row = p.rows.row, first = row < kChunk ? row : kChunk;
   const float k = Sums::total(sums_of_run(x, 0.0f, first).sum) / static_cast<float>(first);
   double sum = 0.0, square = 0.0;
-  for (int64_t start = 0; start < p.row; start += kChunk) {
-    const Sums sums = sums_of_run(x + start, k, p.row - start < kChunk ? p.row - start : kChunk);
+  for (int64_t start = 0; start < row; start += kChunk) {
+    const Sums sums = sums_of_run(x + start, k, row - start < kChunk ? row - start : kChunk);
     sum += static_cast<double>(Sums::total(sums.sum));
     square += static_cast<double>(Sums::total(sums.square));
   }
@@ -63,40 +63,52 @@ void sums_of_plane(const BatchNormSums& p, int64_t unit) {
   p.square[unit] = static_cast<float>(square);
 }
 
+// kRows rows of n numbers each, added to the sums of the columns.
+template <int kRows, class T>
+void add_rows(const T* x, int64_t row, int64_t n, const float* k, float* sum, float* square) {
+  for_vectors(n, [&](int64_t i, auto lanes) {
+    const Vec shift = lanes.load(k + i);
+    Vec total = lanes.load(sum + i), squares = lanes.load(square + i);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec difference = lanes.load(x + r * row + i) - shift;
+      total = total + difference;
+      squares = fma(difference, difference, squares);
+    }
+    lanes.store(total, sum + i);
+    lanes.store(squares, square + i);
+  });
+}
+
 template <class T>
 void sums_of_block(const BatchNormSums& p, int64_t unit) {
-  const T* x = static_cast<const T*>(p.x);
-  float *k = p.k + unit * p.row, *sum = p.sum + unit * p.row, *square = p.square + unit * p.row;
-  int64_t start = unit * p.block_rows * p.row;
-  const int64_t end = p.total - start < p.block_rows * p.row ? p.total : start + p.block_rows * p.row;
-  const int64_t shift_rows = end - start < kShiftRows * p.row ? 1 : kShiftRows;
-  const int64_t columns = end - start < p.row ? end - start : p.row;
-  for (int64_t i = columns; i < p.row; ++i) k[i] = sum[i] = square[i] = 0.0f;
+  constexpr int kRows = 4;
+  const int64_t row = p.rows.row, first = unit * p.block_rows * row;
+  float *k = p.k + unit * row, *sum = p.sum + unit * row, *square = p.square + unit * row;
+  const T* x = static_cast<const T*>(p.x) + first;
+  int64_t left = p.rows.total - first < p.block_rows * row ? p.rows.total - first : p.block_rows * row;
+  const int64_t shift_rows = left < kShiftRows * row ? 1 : kShiftRows;
+  const int64_t columns = left < row ? left : row;
+  for (int64_t i = columns; i < row; ++i) k[i] = sum[i] = square[i] = 0.0f;
   for_vectors(columns, [&](int64_t i, auto lanes) {
-    Vec total = lanes.load(x + start + i);
-    for (int64_t row = 1; row < shift_rows; ++row) total = total + lanes.load(x + start + row * p.row + i);
+    Vec total = lanes.load(x + i);
+    for (int64_t r = 1; r < shift_rows; ++r) total = total + lanes.load(x + r * row + i);
     lanes.store(total * Vec::fill(1.0f / static_cast<float>(shift_rows)), k + i);
     lanes.store(Vec::fill(0.0f), sum + i);
     lanes.store(Vec::fill(0.0f), square + i);
   });
-  for (; start < end; start += p.row) {
-    for_vectors(end - start < p.row ? end - start : p.row, [&](int64_t i, auto lanes) {
-      const Vec difference = lanes.load(x + start + i) - lanes.load(k + i);
-      lanes.store(lanes.load(sum + i) + difference, sum + i);
-      lanes.store(fma(difference, difference, lanes.load(square + i)), square + i);
-    });
-  }
+  for (; left >= kRows * row; left -= kRows * row, x += kRows * row) add_rows<kRows>(x, row, row, k, sum, square);
+  for (; left > 0; left -= row, x += row) add_rows<1>(x, row, left < row ? left : row, k, sum, square);
 }
 
 template <class T>
 void sums_typed(const BatchNormSums& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
-    p.channels_last ? sums_of_block<T>(p, unit) : sums_of_plane<T>(p, unit);
+    p.rows.channels_last ? sums_of_block<T>(p, unit) : sums_of_plane<T>(p, unit);
   }
 }
 
 void sums(const BatchNormSums& p, int64_t begin, int64_t end) {
-  p.dtype == DType::float32 ? sums_typed<float>(p, begin, end) : sums_typed<BFloat16>(p, begin, end);
+  p.rows.dtype == DType::float32 ? sums_typed<float>(p, begin, end) : sums_typed<BFloat16>(p, begin, end);
 }
 
 // Where the sign behind the activation comes from.
@@ -121,18 +133,16 @@ void grad_x_run(const BatchNormGradX& t, int64_t start, int64_t n, Channels a, C
 
 template <class T, Sign kSign>
 void grad_x_units(const BatchNormGradX& t, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t start = unit * t.row;
-    if (t.channels_last) {
-      const int64_t n = t.total - start < t.row ? t.total - start : t.row;
-      grad_x_run<kSign, T>(t, start, n, EachChannel{t.a}, EachChannel{t.b}, EachChannel{t.center}, EachChannel{t.p},
-                           EachChannel{t.q});
-    } else {
-      const int64_t c = unit % t.channels;
-      const auto one = [c](const float* v) { return OneChannel{Vec::fill(v[c])}; };
-      grad_x_run<kSign, T>(t, start, t.row, one(t.a), one(t.b), one(t.center), one(t.p), one(t.q));
-    }
-  }
+  for_rows(
+      t.rows, begin, end,
+      [&](int64_t start, int64_t c) {
+        const auto one = [c](const float* v) { return OneChannel{Vec::fill(v[c])}; };
+        grad_x_run<kSign, T>(t, start, t.rows.row, one(t.a), one(t.b), one(t.center), one(t.p), one(t.q));
+      },
+      [&](int64_t start, int64_t n) {
+        grad_x_run<kSign, T>(t, start, n, EachChannel{t.a}, EachChannel{t.b}, EachChannel{t.center}, EachChannel{t.p},
+                             EachChannel{t.q});
+      });
 }
 
 template <class T>
@@ -147,7 +157,7 @@ void grad_x_typed(const BatchNormGradX& t, int64_t begin, int64_t end) {
 }
 
 void grad_x(const BatchNormGradX& t, int64_t begin, int64_t end) {
-  t.dtype == DType::float32 ? grad_x_typed<float>(t, begin, end) : grad_x_typed<BFloat16>(t, begin, end);
+  t.rows.dtype == DType::float32 ? grad_x_typed<float>(t, begin, end) : grad_x_typed<BFloat16>(t, begin, end);
 }
 
 }  // namespace

@@ -5,30 +5,25 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
-#include "cpu/masked_affine.h"
+#include "cpu/rows.h"
 
 namespace mnp_fast::cpu {
 
-// Rows and order of memory as in masked_affine.h, but rows with the channels inside go on from one sample to the next.
 struct BatchNormSums {
-  DType dtype;
-  bool channels_last;
+  Rows rows;
   const void* x;
   // A unit leaves, for each of its columns, a number k within the data, the sum of x - k, and that of its square.
   // Channels outside: one column a unit; inside: `row` columns, zeros where the unit has no row of them.
   float* k;
   float* sum;
   float* square;
-  int64_t row;
-  int64_t total;       // numbers in x
   int64_t block_rows;  // rows in a unit where channels are inside
 };
 
 // grad_x = a*g' + p*(x - center) + q per channel, g' being the gradient behind the activation.
 struct BatchNormGradX {
-  DType dtype;
+  Rows rows;
   bool relu;
-  bool channels_last;
   const void* grad;
   const void* x;
   const void* y;  // null: with relu the sign is that of a*x + b
@@ -38,9 +33,6 @@ struct BatchNormGradX {
   const float* center;
   const float* p;
   const float* q;
-  int64_t channels;
-  int64_t row;
-  int64_t total;
 };
 
 struct MaskedBatchNormKernels {

@@ -1,41 +1,11 @@
 // The CUDA kernels of masked_affine as torch operators. mnp_fast/ops/op_masked_affine.py holds the public op.
-#include <string>
-#include <tuple>
+#include "torch/masked_affine_cuda.h"
 
-#include "cuda/masked_affine.h"
-#include "torch/common.h"
+#include <string>
+
+#include "torch/masked_affine.h"
 
 namespace mnp_fast {
-namespace {
-
-void check_launch(int code) { STD_TORCH_CHECK(code == 0, "CUDA launch failed: ", mnp_cuda_error_string(code)); }
-
-MnpAffine affine(const Tensor& x, const Tensor& mask, const Tensor& scale, const Tensor& center, const Tensor& shift,
-                 const Layout& layout, bool relu, int64_t stream) {
-  check_dense(x, layout.numel(), "x");
-  STD_TORCH_CHECK(x.is_cuda(), "x is not on a CUDA device");
-  MnpAffine p{};
-  p.n = layout.n;
-  p.c = layout.c;
-  p.s = layout.s;
-  p.channels_last = layout.channels_last;
-  p.relu = relu;
-  if (x.scalar_type() == ScalarType::Float) {
-    p.dtype = kMnpFloat32;
-  } else if (x.scalar_type() == ScalarType::BFloat16) {
-    p.dtype = kMnpBFloat16;
-  } else {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "x is none of float32, bfloat16 and float16");
-    p.dtype = kMnpFloat16;
-  }
-  p.device = x.get_device_index();
-  p.stream = reinterpret_cast<void*>(stream);
-  p.mask = check_vector(mask, layout.c, x, "mask");
-  p.scale = check_vector(scale, layout.c, x, "scale");
-  p.center = check_vector(center, layout.c, x, "center");
-  p.shift = check_vector(shift, layout.c, x, "shift");
-  return p;
-}
 
 Tensor masked_affine(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor shift, std::optional<Tensor> residual,
                      int64_t n, int64_t c, int64_t s, bool channels_last, bool relu, int64_t stream) {
@@ -81,6 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_affine_backward(Tensor grad, T
   check_launch(mnp_masked_affine_backward(&p));
   return {grad_x, grad_residual, sum_g, sum_gx};
 }
+
+namespace {
 
 // Empty if the kernels can run on the device, else what the CUDA runtime says.
 std::string device_problem(int64_t device) {

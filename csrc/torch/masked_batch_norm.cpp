@@ -63,14 +63,13 @@ std::tuple<Tensor, Tensor, Tensor> masked_batch_norm(Tensor x, Tensor mask, Tens
   Tensor mean = torch::stable::empty_like(mask), rstd = torch::stable::empty_like(mask);
   Tensor scale = torch::stable::empty_like(mask);
 
-  const int64_t times = channels_last ? repeats(c, n * s) : 1;
-  const int64_t row = channels_last ? c * times : s;
+  const cpu::Rows rows = rows_of(dtype, layout);
+  const int64_t row = rows.row, times = channels_last ? row / c : 1;
   const int64_t block_rows = kBlock / row + 1;
   const int64_t unit_size = channels_last ? block_rows * row : row;
   const int64_t units = (layout.numel() + unit_size - 1) / unit_size;
   PartialSums partial(channels_last ? units * times : n, c);
-  const cpu::BatchNormSums p{dtype, channels_last,  x.const_data_ptr(), partial.k(), partial.sum(), partial.square(),
-                             row,   layout.numel(), block_rows};
+  const cpu::BatchNormSums p{rows, x.const_data_ptr(), partial.k(), partial.sum(), partial.square(), block_rows};
   torch::stable::parallel_for(0, units, kGrain / unit_size + 1,
                               [&](int64_t begin, int64_t end) { kernel.sums(p, begin, end); });
   const auto count = [&](int64_t item) -> int64_t {
@@ -86,8 +85,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_batch_norm(Tensor x, Tensor mask, Tens
   return {masked_affine(x, mask, scale, mean, bias, residual, n, c, s, channels_last, relu, isa), mean, rstd};
 }
 
+// scale = weight * rstd.
 std::tuple<Tensor, Tensor, Tensor, Tensor> masked_batch_norm_backward(Tensor grad, Tensor x, std::optional<Tensor> y,
-                                                                      Tensor mask, Tensor weight, Tensor bias,
+                                                                      Tensor mask, Tensor scale, Tensor bias,
                                                                       Tensor mean, Tensor rstd, int64_t n, int64_t c,
                                                                       int64_t s, bool channels_last, bool relu,
                                                                       bool need_grad_x, bool need_grad_residual,
@@ -97,13 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_batch_norm_backward(Tensor gra
   STD_TORCH_CHECK(x.numel() > 0, "x is empty");
   const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_batch_norm);
   const cpu::DType dtype = dtype_of(x);
-  const float* gamma = check_vector(weight, c, x, "weight");
   const float* r = check_vector(rstd, c, x, "rstd");
-  check_vector(mask, c, x, "mask");
-  Tensor scale = torch::stable::empty_like(mask);
-  float* product = static_cast<float*>(scale.mutable_data_ptr());
-  for (int64_t i = 0; i < c; ++i) product[i] = gamma[i] * r[i];
-
   auto [none, grad_residual, sum_g, sum_gx] = masked_affine_backward(
       grad, x, y, mask, scale, mean, bias, n, c, s, channels_last, relu, false, need_grad_residual, isa);
   const float* g = static_cast<const float*>(sum_g.const_data_ptr());
@@ -119,19 +113,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_batch_norm_backward(Tensor gra
   if (!need_grad_x) return {none, grad_residual, sum_g, sum_gx};
 
   Tensor grad_x = torch::stable::empty_like(x);
-  const int64_t times = channels_last ? repeats(c, n * s) : 1;
-  const int64_t row = channels_last ? c * times : s;
-  const Coefficients coefficients(x, mask, scale, mean, bias, c, c * times);
-  std::vector<float> slope(c * times), offset(c * times);
-  for (int64_t i = 0; i < c * times; ++i) {
+  const cpu::Rows rows = rows_of(dtype, layout);
+  const int64_t entries = channels_last ? rows.row : c;
+  const Coefficients coefficients(x, mask, scale, mean, bias, c, entries);
+  std::vector<float> slope(entries), offset(entries);
+  for (int64_t i = 0; i < entries; ++i) {
     const double a = coefficients.a()[i], values = static_cast<double>(n * s);
     slope[i] = static_cast<float>(-a * r[i % c] * total_gx[i % c] / values);
     offset[i] = static_cast<float>(-a * total_g[i % c] / values);
   }
   // The gradient behind the activation is read where it has been written, and made again where it has not.
-  const cpu::BatchNormGradX p{dtype,
+  const cpu::BatchNormGradX p{rows,
                               relu && !need_grad_residual,
-                              channels_last,
                               need_grad_residual ? grad_residual.const_data_ptr() : grad.const_data_ptr(),
                               x.const_data_ptr(),
                               pointer(y),
@@ -140,12 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_batch_norm_backward(Tensor gra
                               coefficients.b(),
                               coefficients.center(),
                               slope.data(),
-                              offset.data(),
-                              c,
-                              row,
-                              layout.numel()};
-  torch::stable::parallel_for(0, (layout.numel() + row - 1) / row, kGrain / row + 1,
-                              [&](int64_t begin, int64_t end) { kernel.grad_x(p, begin, end); });
+                              offset.data()};
+  for_units(rows, [&](int64_t begin, int64_t end) { kernel.grad_x(p, begin, end); });
   return {grad_x, grad_residual, sum_g, sum_gx};
 }
 
@@ -157,7 +146,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mnp_fast_cpu, m) {
       "masked_batch_norm(Tensor x, Tensor mask, Tensor weight, Tensor bias, Tensor? residual, int n, int c, int s, "
       "bool channels_last, float eps, bool relu, int isa) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "masked_batch_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor mask, Tensor weight, Tensor bias, "
+      "masked_batch_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor mask, Tensor scale, Tensor bias, "
       "Tensor mean, Tensor rstd, int n, int c, int s, bool channels_last, bool relu, bool need_grad_x, "
       "bool need_grad_residual, int isa) -> (Tensor, Tensor, Tensor, Tensor)");
 }

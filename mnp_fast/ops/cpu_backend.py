@@ -128,7 +128,7 @@ def masked_batch_norm_backward(
         x,
         y,
         mask,
-        weight,
+        weight * rstd,
         bias,
         mean,
         rstd,

@@ -8,6 +8,8 @@ mask sample by sample, as far as it does not go through the statistics of the ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from mnp_fast.errors import BackendError
 from mnp_fast.ops import registry
 from mnp_fast.ops.checks import check_act, check_tensors
+from mnp_fast.ops.eager import short_way
 from mnp_fast.ops.layout import Layout, dense, like
 
 ACTIVATIONS = ("none", "relu")
@@ -57,13 +60,7 @@ def masked_batch_norm(
     return y
 
 
-@torch.library.custom_op(
-    "mnp_fast::masked_batch_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor mask, Tensor weight, Tensor bias, Tensor? residual, float eps, str act) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-def _forward_op(
+def _run(
     x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, mean and rstd, the last two (C,); zeros where x is empty. They carry no gradient."""
@@ -84,13 +81,7 @@ def _forward_op(
     return result
 
 
-@torch.library.custom_op(
-    "mnp_fast::masked_batch_norm_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor? y, Tensor mask, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
-    "str act, bool need_grad_x, bool need_grad_residual) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward_op(
+def _run_backward(
     grad: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -140,6 +131,22 @@ def _backward_outputs(
     )
 
 
+_forward_op = torch.library.custom_op(
+    "mnp_fast::masked_batch_norm",
+    _run,
+    mutates_args=(),
+    schema="(Tensor x, Tensor mask, Tensor weight, Tensor bias, Tensor? residual, float eps, str act) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "mnp_fast::masked_batch_norm_backward",
+    _run_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor? y, Tensor mask, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
+    "str act, bool need_grad_x, bool need_grad_residual) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
 @_forward_op.register_fake
 def _forward_fake(
     x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
@@ -174,11 +181,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(x, y if ctx.act == "relu" and residual is not None else None, mask, weight, bias, mean, rstd)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(run: Callable[..., Any], ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """run: the backward, through the dispatcher or not."""
     x, y, mask, weight, bias, mean, rstd = ctx.saved_tensors
     need_x, need_mask, need_weight, need_bias, need_residual = ctx.needs_input_grad[:5]
     through_relu = ctx.act == "relu"
-    grad_x, grad_residual, sum_g, sum_gx = torch.ops.mnp_fast.masked_batch_norm_backward.default(
+    grad_x, grad_residual, sum_g, sum_gx = run(
         grad, x, y, mask, weight, bias, mean, rstd, ctx.act, need_x, need_residual and through_relu
     )
     total_gx = sum_gx.sum(0) if need_mask or need_weight else None
@@ -193,9 +201,10 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_forward_op.register_autograd(_backward, setup_context=_save)
-# The overload itself: the wrapper object that custom_op returns costs 6 us more a call.
-_forward = torch.ops.mnp_fast.masked_batch_norm.default
+_forward_op.register_autograd(
+    partial(_gradients, torch.ops.mnp_fast.masked_batch_norm_backward.default), setup_context=_save
+)
+_forward = short_way(torch.ops.mnp_fast.masked_batch_norm.default, _run, _save, partial(_gradients, _run_backward))
 
 
 def _check(

@@ -31,22 +31,22 @@ def masked_act_backward(
 
 
 def _activation(x: Tensor, act: str) -> Tensor:
-    # Below -1000 each is 0 in float64 too; at -inf it would be NaN.
-    bounded = x.clamp(min=-1000)
     if act == "relu":
         return F.relu(x)
+    bounded = x.clamp(-_BOUND, _BOUND)
     if act == "silu":
-        return F.silu(bounded)
-    if act == "quick_gelu":
-        return bounded * torch.sigmoid(1.702 * bounded)
-    return F.gelu(bounded, approximate=_GELU[act])
+        y = F.silu(bounded)
+    elif act == "quick_gelu":
+        y = bounded * torch.sigmoid(1.702 * bounded)
+    else:
+        y = F.gelu(bounded, approximate=_GELU[act])
+    return torch.where(x.abs() <= _BOUND, y, F.relu(x))
 
 
 def _activation_backward(grad: Tensor, x: Tensor, act: str) -> Tensor:
-    # Beyond 1000 the derivatives are 0 and 1; at infinities they would be NaN.
-    bounded = x.clamp(-1000, 1000)
     if act == "relu":
         return torch.ops.aten.threshold_backward.default(grad, x, 0)
+    bounded = x.clamp(-_BOUND, _BOUND)
     if act == "silu":
         return torch.ops.aten.silu_backward.default(grad, bounded)
     if act == "quick_gelu":
@@ -55,6 +55,8 @@ def _activation_backward(grad: Tensor, x: Tensor, act: str) -> Tensor:
     return torch.ops.aten.gelu_backward.default(grad, bounded, approximate=_GELU[act])
 
 
+# Beyond it an activation is 0 or x, and its derivative 0 or 1, in float64 too; torch's own give NaN for infinities.
+_BOUND = 1000.0
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 

@@ -7,23 +7,13 @@ depends on the sizes alone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mnp_fast.ops.layout import Layout
-
-TILE = 2048
-# The wide side of a tile: a whole plane of most layers, or as many channels as a warp reads at once.
-MAX_POSITIONS = 1024
-MAX_CHANNELS = 128
-# Tiles of a chunk of rows in the backward with the channels inside.
-CHUNK_TILES = 16
-# Explicit, as the default of the fusion differs between versions of Triton.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+from mnp_fast.ops.triton_common import CHUNK_TILES, MAX_CHANNELS, MAX_POSITIONS, OPTIONS, device_of, tile_sizes
 
 
 @triton.jit
@@ -193,12 +183,6 @@ def backward_columns_kernel(
     tl.store(sum_gx + part * channels + col, tl.sum(total_gx, 0), mask=here)
 
 
-def tile_sizes(cols: int, widest: int) -> tuple[int, int]:
-    """(rows, columns) of a tile for rows of `cols` numbers."""
-    columns = min(triton.next_power_of_2(cols), widest)
-    return TILE // columns, columns
-
-
 def forward(
     x: Tensor,
     mask: Tensor,
@@ -215,7 +199,7 @@ def forward(
     n, c, s, channels_last = layout
     rows, cols = (n * s, c) if channels_last else (n * c, s)
     block_rows, block_cols = tile_sizes(cols, MAX_CHANNELS if channels_last else MAX_POSITIONS)
-    with _device(x):
+    with device_of(x):
         forward_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(cols, block_cols))](
             x,
             x if residual is None else residual,
@@ -262,7 +246,7 @@ def backward(
         "NEED_X": need_grad_x,
         "NEED_RESIDUAL": need_grad_residual,
     }
-    with _device(x):
+    with device_of(x):
         if not channels_last:
             sum_g, sum_gx = mask.new_empty((n, c)), mask.new_empty((n, c))
             block_rows, block_cols = tile_sizes(s, MAX_POSITIONS)
@@ -281,8 +265,3 @@ def backward(
     if chunks == 1:
         return grad_x, grad_residual, sum_g.view(n, c), sum_gx.view(n, c)
     return grad_x, grad_residual, sum_g.sum(1), sum_gx.sum(1)
-
-
-def _device(x: Tensor) -> Any:
-    # Triton launches on the current device. For a tensor on the CPU, in the interpreter, this does nothing.
-    return torch.cuda.device(x.device if x.is_cuda else -1)

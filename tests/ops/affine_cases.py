@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import pytest
 import torch
+from channel_cases import all_providers, leaf, providers, random_tensor, spread
 from torch import Tensor
 
-from mnp_fast.ops import force_backend, force_cpu_isa, masked_affine, why_not
-from mnp_fast.ops.cpu_backend import usable_isas
+from mnp_fast.ops import masked_affine
 
 # (relative, absolute) error that float32 kernels may have against float64: outputs, then sums of up to 10^4 terms.
 TOLERANCE = {torch.float32: {"output": (1e-5, 1e-5), "sum": (1e-4, 1e-4)}}
-# Narrow dtypes: our largest error is at most this many times that of plain torch in the same dtype.
-RATIO = 2.0
-
-
-class Provider(NamedTuple):
-    """A backend that the same tests run on; `isa` for the CPU kernels alone."""
-
-    backend: str
-    device: str = "cpu"
-    isa: str = "auto"
-
-    def force(self) -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(force_backend(self.backend))
-        stack.enter_context(force_cpu_isa(self.isa))
-        return stack
 
 
 class Case(NamedTuple):
@@ -68,23 +50,8 @@ def case_id(case: Case) -> str:
     return f"{sizes}-{case.channel_dim}-{case.act}{'-residual' if case.residual else ''}-{case.memory}"
 
 
-def providers(dtype: torch.dtype) -> list:
-    """Every provider of this dtype, as pytest parameters: those of the CPU that can run here, and those of a GPU."""
-    found = []
-    if why_not("cpu", "masked_affine", torch.device("cpu"), dtype) is None:
-        found += [pytest.param(Provider("cpu", isa=isa), dtype, id=f"cpu-{isa}-{dtype}") for isa in usable_isas()]
-    for backend in ("reference", "triton"):
-        if why_not(backend, "masked_affine", torch.device("cpu"), dtype) is None:
-            found.append(pytest.param(Provider(backend), dtype, id=f"{backend}-{dtype}"))
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    for backend in ("reference", "triton", "cuda"):
-        marks = [pytest.mark.gpu, no_gpu]
-        found.append(pytest.param(Provider(backend, "cuda"), dtype, id=f"gpu-{backend}-{dtype}", marks=marks))
-    return found
-
-
-ALL_PROVIDERS = [p for dtype in (torch.float32, torch.bfloat16, torch.float16) for p in providers(dtype)]
-FLOAT32_PROVIDERS = providers(torch.float32)
+ALL_PROVIDERS = all_providers("masked_affine")
+FLOAT32_PROVIDERS = providers("masked_affine", torch.float32)
 
 
 @dataclass
@@ -107,7 +74,7 @@ class Inputs:
         """The same in plain torch, every step of it in `dtype`."""
         x, residual = leaf(self.x, dtype), leaf(self.residual, dtype)
         vectors = [leaf(v, dtype) for v in self.vectors]
-        mask, scale, center, shift = (spread(v, self.case) for v in vectors)
+        mask, scale, center, shift = (spread(v, x.dim(), self.case.channel_dim) for v in vectors)
         y = mask * scale * (x - center) + shift
         if residual is not None:
             y = y + residual
@@ -115,18 +82,6 @@ class Inputs:
             y = y.relu()
         y.backward(self.grad.to(dtype))
         return collect(y, x, vectors, residual)
-
-
-def leaf(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    if tensor is None:
-        return None
-    # detach() keeps the strides, which clone() of a view would not.
-    return (tensor if dtype is None else tensor.to(dtype)).detach().requires_grad_()
-
-
-def spread(vector: Tensor, case: Case) -> Tensor:
-    """A vector of channels in a shape that broadcasts against x."""
-    return vector if case.channel_dim == -1 else vector.view(-1, *[1] * (len(case.shape) - 2))
 
 
 def collect(y: Tensor, x: Tensor, vectors: list[Tensor], residual: Tensor | None) -> dict[str, Tensor]:
@@ -138,35 +93,22 @@ def collect(y: Tensor, x: Tensor, vectors: list[Tensor], residual: Tensor | None
     return found
 
 
-def case_tensor(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
-    """Normal random numbers of the case's shape and memory."""
-    values = torch.randn(case.shape, generator=generator).to(dtype)
-    if case.memory == "channels_last":
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        values = values.to(memory_format=formats[len(case.shape)])
-    elif case.memory == "strided":
-        # Every second number of something larger, which starts one number into its memory.
-        values = (
-            torch.stack((values, values), -1)
-            .flatten()[1:]
-            .as_strided(case.shape, [2 * stride for stride in values.stride()])
-        )
-    return values.to(device)
-
-
 def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     channels = case.shape[case.channel_dim]
 
-    x, grad = (case_tensor(case, dtype, device, generator) for _ in range(2))
-    residual = case_tensor(case, dtype, device, generator) if case.residual else None
+    def tensor() -> Tensor:
+        return random_tensor(case.shape, dtype, case.memory, generator).to(device)
+
+    x, grad = tensor(), tensor()
+    residual = tensor() if case.residual else None
     mask = torch.rand(channels, generator=generator)
     mask[::3] = 0.0
     vectors = [mask, *(torch.randn(channels, generator=generator) for _ in range(3))]
     vectors = [v.to(device) for v in vectors]
     if case.act == "relu":
         # Where float32 and float64 may fall on different sides of zero nothing can be compared: no gradient there.
-        wide = [spread(v.double(), case) for v in vectors]
+        wide = [spread(v.double(), x.dim(), case.channel_dim) for v in vectors]
         sign = wide[0] * wide[1] * (x.double() - wide[2]) + wide[3]
         if residual is not None:
             sign = sign + residual.double()

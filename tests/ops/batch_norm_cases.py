@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from affine_cases import Case, case_tensor, leaf, spread
+from affine_cases import Case
+from channel_cases import all_providers, leaf, providers, random_tensor, spread
 from torch import Tensor
 
 from mnp_fast.ops import masked_batch_norm
@@ -25,10 +26,13 @@ CASES = [
     Case((7, 70), act="relu"),
     Case((2, 8, 3, 4, 3), act="relu", memory="channels_last"),
     Case((2, 5, 6, 4), act="relu", residual=True, memory="strided"),
-    # More than one unit, with a last one of a single cut row.
-    Case((1, 64, 33, 31), act="relu", memory="channels_last"),
-    Case((2, 3, 105, 105), act="relu", residual=True, memory="channels_last"),
+    # More than one part of memory for the sums, the last one on the CPU a single cut row in the second case.
+    Case((1, 64, 33, 32), act="relu", memory="channels_last"),
+    Case((2, 3, 135, 81), act="relu", residual=True, memory="channels_last"),
 ]
+
+ALL_PROVIDERS = all_providers("masked_batch_norm")
+FLOAT32_PROVIDERS = providers("masked_batch_norm", torch.float32)
 
 
 @dataclass
@@ -53,12 +57,12 @@ class Inputs:
         """The same in plain torch, every step of it in float64."""
         x, residual = leaf(self.x, torch.float64), leaf(self.residual, torch.float64)
         vectors = [leaf(v, torch.float64) for v in self.vectors]
-        mask, weight, bias = (spread(v, self.case) for v in vectors)
+        mask, weight, bias = (spread(v, x.dim(), 1) for v in vectors)
         others = [d for d in range(x.dim()) if d != 1]
         mean = x.mean(others)
-        centered = x - spread(mean, self.case)
+        centered = x - spread(mean, x.dim(), 1)
         rstd = 1 / (centered.square().mean(others) + EPS).sqrt()
-        y = finish(mask * weight * centered * spread(rstd, self.case) + bias, residual, self.case)
+        y = finish(mask * weight * centered * spread(rstd, x.dim(), 1) + bias, residual, self.case)
         y.backward(self.grad.double())
         return collect(y, x, vectors, residual, mean.detach(), rstd.detach())
 
@@ -93,8 +97,12 @@ def collect(
 def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     channels = case.shape[1]
-    x, grad = (case_tensor(case, dtype, device, generator) for _ in range(2))
-    residual = case_tensor(case, dtype, device, generator) if case.residual else None
+
+    def tensor() -> Tensor:
+        return random_tensor(case.shape, dtype, case.memory, generator).to(device)
+
+    x, grad = tensor(), tensor()
+    residual = tensor() if case.residual else None
     mask = torch.rand(channels, generator=generator)
     mask[::3] = 0.0
     vectors = [v.to(device) for v in (mask, *(torch.randn(channels, generator=generator) for _ in range(2)))]

@@ -8,12 +8,12 @@ from affine_cases import (
     ALL_PROVIDERS,
     CASES,
     FLOAT32_PROVIDERS,
-    RATIO,
     TOLERANCE,
     Case,
     case_id,
     make_inputs,
 )
+from channel_cases import assert_ratio
 
 from mnp_fast.errors import BackendError
 from mnp_fast.ops import force_backend, masked_affine
@@ -38,12 +38,8 @@ def test_matches_plain_torch_in_float64(provider, dtype, case):
             torch.testing.assert_close(
                 value.double(), exact[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
             )
-        elif value.numel():
-            error = (value.double() - exact[name]).abs().max()
-            allowed = RATIO * (plain[name].double() - exact[name]).abs().max()
-            # Where plain torch happens to be exact, one rounding of the largest number is allowed.
-            allowed = max(allowed, torch.finfo(dtype).eps * exact[name].abs().max())
-            assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+        else:
+            assert_ratio(name, value, exact[name], plain[name])
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.memory != "strided"], ids=case_id)
