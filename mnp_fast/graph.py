@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from mnp_fast import workers
 from mnp_fast.data import logits_of
 from mnp_fast.frozen import FrozenConv2d, FrozenLinear, attention
-from mnp_fast.ops import masked_act, masked_affine, masked_batch_norm
+from mnp_fast.ops import masked_act, masked_affine, masked_batch_norm, op_masked_affine
 from mnp_fast.sites import Site, columns, total_neurons, undisturbed
 
 aten = torch.ops.aten
@@ -257,6 +257,8 @@ class _Rewriter:
         if self.mask is not None:
             for node in list(self.graph.nodes):
                 self._freeze(node)
+            for node in list(self.graph.nodes):
+                self._join(node)
         module = fx.GraphModule(self.root, self.graph)
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -416,6 +418,19 @@ class _Rewriter:
             self.modules[key] = kind(weight.to(self.dtype), bias, *rest)
         self._replace(node, self._call(node, self.modules[key], node.args[0]))
 
+    def _join(self, node: fx.Node) -> None:
+        """A convolution and the op behind it as one function, which halves the calls of a forward and a backward."""
+        affine, x = self._module(node), node.args[0] if node.args else None
+        if not isinstance(affine, _Affine) or affine.channel_dim != 1 or not isinstance(x, fx.Node):
+            return
+        conv = self._module(x)
+        if isinstance(conv, FrozenConv2d) and _only_user(x) is node:
+            self._replace(node, self._call(node, _ConvolutionAffine(conv, affine), *x.args, *node.args[1:]))
+            self.graph.erase_node(x)
+
+    def _module(self, node: fx.Node) -> Any:
+        return self.root[str(node.target)] if node.op == "call_module" else None
+
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
@@ -531,6 +546,38 @@ class _Affine(nn.Module):
         if residual is not None and residual.dtype != x.dtype:
             residual = residual.to(x.dtype)
         return masked_affine(x, mask, *self.vectors, residual, channel_dim=self.channel_dim, act=self.act)
+
+
+class _ConvolutionAffine(nn.Module):
+    def __init__(self, conv: FrozenConv2d, affine: _Affine) -> None:
+        super().__init__()
+        self.conv, self.affine = conv, affine
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = x.to(self.conv.dtype).contiguous(memory_format=torch.channels_last)
+        if residual is not None and residual.dtype != x.dtype:
+            residual = residual.to(x.dtype)
+        y: Tensor = _JoinedConvolution.apply(x, self.affine.mask(), *self.affine.vectors, residual, self)
+        return y
+
+
+class _JoinedConvolution(torch.autograd.Function):
+    """FrozenConv2d, then masked_affine."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        *tensors, layer = args
+        inputs = (layer.conv.run(x), *tensors, 1, layer.affine.act)
+        y: Tensor = op_masked_affine.run(*inputs)
+        op_masked_affine.save(ctx, inputs, y)
+        ctx.conv, ctx.shape = layer.conv, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        first, *others = op_masked_affine.gradients(op_masked_affine.run_backward, ctx, grad)[:6]
+        return None if first is None else ctx.conv.back(first, ctx.shape), *others, None
 
 
 class _TrainedAffine(nn.Module):
