@@ -50,6 +50,10 @@ struct Vec {
     const __mmask16 positive = _mm512_cmp_ps_mask(sign.v, _mm512_setzero_ps(), _CMP_NLE_UQ);
     return {_mm512_and_ps(v, _mm512_castsi512_ps(_mm512_movm_epi32(positive)))};
   }
+  Vec abs() const { return {_mm512_abs_ps(v)}; }
+  // The second operand is what comes back where one is NaN, and of two zeros.
+  friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 
  private:
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -97,6 +101,10 @@ struct Vec {
   Vec where_positive(Vec sign) const {
     return {_mm256_and_ps(_mm256_cmp_ps(sign.v, _mm256_setzero_ps(), _CMP_NLE_UQ), v)};
   }
+  Vec abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
+  // The second operand is what comes back where one is NaN, and of two zeros.
+  friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 
  private:
   static __m256i first(int64_t n) {
@@ -167,12 +175,16 @@ struct Vec {
     const Bits not_positive = reinterpret_cast<Bits>(sign.v <= 0.0f);
     return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & ~not_positive)};
   }
+  Vec abs() const { return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & 0x7fffffffu)}; }
+  // The second operand is what comes back where one is NaN, and of two zeros.
+  friend Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+  friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 };
 
 #endif
 
 // The sum of the lanes, always in the same order.
-float sum(Vec a) {
+inline float sum(Vec a) {
   float lanes[Vec::kWidth];
   a.store(lanes);
   for (int64_t half = Vec::kWidth / 2; half > 0; half /= 2) {

@@ -1,14 +1,11 @@
 // C launchers of y = act(a*x + b + residual), a = mask*scale, b = shift - a*center per channel, and of its backward.
 //
-// All pointers are device memory, tensors are dense. A launcher returns a CUDA error code, 0 for success; it waits for
-// nothing, and it neither prints nor exits. Sums are added in an order that depends on the sizes alone.
+// Tensors are dense. Sums are added in an order that depends on the sizes alone.
 #pragma once
 
-#include <cstdint>
+#include "cuda/launch.h"
 
 extern "C" {
-
-enum MnpDType { kMnpFloat32 = 0, kMnpBFloat16 = 1, kMnpFloat16 = 2 };
 
 struct MnpAffine {
   int64_t n, c, s;     // samples, channels, positions
@@ -40,5 +37,4 @@ int mnp_masked_affine_backward(const MnpAffineBackward*);
 int64_t mnp_masked_affine_partial(int64_t n, int64_t c, int64_t s, bool channels_last);
 // Why these kernels cannot run on the device: an error code of the runtime, 0 if they can.
 int mnp_masked_affine_check(int32_t device);
-const char* mnp_cuda_error_string(int code);
 }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 namespace mnp_fast {
 
@@ -43,6 +44,22 @@ inline const float* check_vector(const Tensor& tensor, int64_t numel, const Tens
   STD_TORCH_CHECK(tensor.get_device_index() == x.get_device_index() && tensor.is_cuda() == x.is_cuda(), name,
                   " is on another device than x");
   return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+// How many rows (dim 0) the tensors have together: dense, of one dtype and on one device.
+inline int64_t check_rows(const std::vector<Tensor>& weights) {
+  STD_TORCH_CHECK(!weights.empty(), "there are no weights");
+  int64_t rows = 0;
+  for (const Tensor& weight : weights) {
+    STD_TORCH_CHECK(weight.dim() > 0, "weights has a number without rows");
+    check_dense(weight, weight.numel(), "weights");
+    STD_TORCH_CHECK(weight.scalar_type() == weights[0].scalar_type(), "weights have several dtypes");
+    STD_TORCH_CHECK(
+        weight.get_device_index() == weights[0].get_device_index() && weight.is_cuda() == weights[0].is_cuda(),
+        "weights are on several devices");
+    rows += weight.size(0);
+  }
+  return rows;
 }
 
 inline const void* pointer(const std::optional<Tensor>& tensor) {

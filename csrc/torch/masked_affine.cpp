@@ -5,24 +5,17 @@
 #include <tuple>
 #include <vector>
 
-#include "torch/common.h"
+#include "torch/common_cpu.h"
 
 namespace mnp_fast {
 namespace {
 
 using cpu::DType;
-using cpu::Isa;
 
-// As much as one thread should get at least: what at::parallel_for takes for its own elementwise kernels.
-constexpr int64_t kGrain = 32768;
 // Numbers in a unit of the backward where channels are inside: fixed, so that sums do not depend on the threads.
 constexpr int64_t kBlock = 65536;
 
-const cpu::MaskedAffineKernels& kernels(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa < cpu::kIsaCount && cpu::isa_usable(static_cast<Isa>(isa)),
-                  "this processor cannot run instruction set ", isa);
-  return MNP_CHOOSE_KERNELS(static_cast<Isa>(isa), masked_affine);
-}
+const cpu::MaskedAffineKernels& kernels(int64_t isa) { return MNP_CHOOSE_KERNELS(usable_isa(isa), masked_affine); }
 
 DType dtype_of(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu(), "x is not on the CPU");

@@ -3,7 +3,18 @@
 Importing this package needs torch alone: kernels are looked for when an op is first called.
 """
 
+from mnp_fast.ops.op_channel_magnitude import channel_magnitude
+from mnp_fast.ops.op_mask_step import mask_step_
 from mnp_fast.ops.op_masked_affine import masked_affine
 from mnp_fast.ops.registry import BACKENDS, available, force_backend, force_cpu_isa, why_not
 
-__all__ = ["BACKENDS", "available", "force_backend", "force_cpu_isa", "masked_affine", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "available",
+    "channel_magnitude",
+    "force_backend",
+    "force_cpu_isa",
+    "mask_step_",
+    "masked_affine",
+    "why_not",
+]

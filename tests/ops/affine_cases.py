@@ -68,13 +68,13 @@ def case_id(case: Case) -> str:
     return f"{sizes}-{case.channel_dim}-{case.act}{'-residual' if case.residual else ''}-{case.memory}"
 
 
-def providers(dtype: torch.dtype) -> list:
-    """Every provider of this dtype, as pytest parameters: those of the CPU that can run here, and those of a GPU."""
+def providers(dtype: torch.dtype, op: str = "masked_affine") -> list:
+    """Every provider of `op` for this dtype, as pytest parameters: of the CPU what can run here, and all of a GPU."""
     found = []
-    if why_not("cpu", "masked_affine", torch.device("cpu"), dtype) is None:
+    if why_not("cpu", op, torch.device("cpu"), dtype) is None:
         found += [pytest.param(Provider("cpu", isa=isa), dtype, id=f"cpu-{isa}-{dtype}") for isa in usable_isas()]
     for backend in ("reference", "triton"):
-        if why_not(backend, "masked_affine", torch.device("cpu"), dtype) is None:
+        if why_not(backend, op, torch.device("cpu"), dtype) is None:
             found.append(pytest.param(Provider(backend), dtype, id=f"{backend}-{dtype}"))
     no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     for backend in ("reference", "triton", "cuda"):
