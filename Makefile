@@ -15,12 +15,12 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: help env demo test sanitize lint format clean
 
 help:
-	@echo "make demo    repair a small backdoored network, and leave a clean one alone"
-	@echo "make test    all tests"
-	@echo "make sanitize  tests of the CPU kernels with address and undefined-behaviour sanitizers"
-	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make format  rewrite the files as lint wants them"
-	@echo "make clean   remove what was built (the environment stays: remove $(VENV) by hand)"
+	@echo "make demo      repair a small backdoored network, and leave a clean one alone"
+	@echo "make test      all tests"
+	@echo "make sanitize    tests of the CPU kernels with address and undefined-behaviour sanitizers"
+	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make format    rewrite the files as lint wants them"
+	@echo "make clean     remove what was built (the environment stays: remove $(VENV) by hand)"
 
 env:
 	@$(PYTHON) scripts/bootstrap.py --venv $(VENV) --torch '$(TORCH)'

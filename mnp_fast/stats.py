@@ -59,10 +59,8 @@ def _keys(site: Site) -> list[_Key]:
 
 def _weight(model: nn.Module, path: str, parameter: str, columns: bool) -> Tensor:
     """The weight with its output channels in dim 0, or its input channels where `columns`."""
-    module, weight = site_parameter(model, path, parameter)
-    weight = weight.detach()
-    if weight.dtype not in DTYPES:
-        weight = weight.float()
+    module, own = site_parameter(model, path, parameter)
+    weight = own.detach() if own.dtype in DTYPES else own.detach().float()
     if columns:
         return weight.transpose(0, 1)
     if isinstance(module, _ConvTransposeNd):  # (in, out / groups, ...)

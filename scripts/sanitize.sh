@@ -32,7 +32,8 @@ cmake -G Ninja -S . -B "$work/native" -DCMAKE_CXX_COMPILER="$CXX" -DPython_EXECU
 cmake --build "$work/native"
 
 cd "$tree"
-# MNP_FAST_BACKEND: tests without a provider of their own are to run the kernels too, and fail where they cannot.
+# --capture=sys: a report that ends the process is to be seen. MNP_FAST_BACKEND: tests without a provider of their own
+# are to run the kernels too, and to fail where they cannot.
 env LD_PRELOAD="$runtimes" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. MNP_FAST_BACKEND=cpu \
-  OMP_WAIT_POLICY=passive "$PYTHON" -m pytest -p no:cacheprovider -m "not gpu" \
+  OMP_WAIT_POLICY=passive "$PYTHON" -m pytest -p no:cacheprovider --capture=sys -m "not gpu" \
   -k "cpu- or threads or stays_inside" "$@" tests/ops
