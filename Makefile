@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= passive
 help:
 	@echo "make demo      repair a small backdoored network, and leave a clean one alone"
 	@echo "make test      all tests"
-	@echo "make sanitize    tests of the CPU kernels with address and undefined-behaviour sanitizers"
+	@echo "make sanitize  tests of the CPU kernels with address and undefined-behaviour sanitizers"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    rewrite the files as lint wants them"
 	@echo "make clean     remove what was built (the environment stays: remove $(VENV) by hand)"

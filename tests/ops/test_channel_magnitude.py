@@ -57,7 +57,7 @@ def test_matches_plain_torch_in_float64(provider, dtype):
 
 
 @pytest.mark.parametrize(("provider", "dtype"), ALL_PROVIDERS)
-def test_memory_order_and_views_matches(provider, dtype):
+def test_matches_in_every_memory_order_and_view(provider, dtype):
     base, wide = make([(9, 6, 5, 3), (4, 5, 2, 3, 3)], dtype, provider.device)
     offset = make([(1 + 7 * 33,)], dtype, provider.device)[0][1:].view(7, 33)  # starts beside any boundary
     weights = [
