@@ -23,7 +23,9 @@ def peak_mb(call: Callable[[], Any], device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return float(torch.cuda.max_memory_allocated(device) - before) / 1e6
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    # The step of mnp_fast has threads of its own.
+    everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(activities=activities, profile_memory=True, experimental_config=everywhere) as profile:
         call()
     results: Any = profile.profiler
     changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]

@@ -14,10 +14,9 @@ momentum = decay * momentum + gradient + penalty * magnitude; mask = clamp(mask 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,8 @@ from benchmarks.layers import reference, rewrite, use_batch_statistics_
 from benchmarks.models import Workload
 from mnp_fast import PruneConfig, ops
 from mnp_fast.data import logits_of
-from mnp_fast.masked import masked
+from mnp_fast.graph import capture
+from mnp_fast.masked import Execution, masked
 from mnp_fast.objectives import penalty_gradient
 from mnp_fast.sites import Site
 
@@ -178,19 +178,11 @@ def masked_network(
     dtype: torch.dtype,
 ) -> Callable[[Tensor], Tensor]:
     """The model under its masks until ``stack`` is left, as a function of images that gives logits."""
-    known = inspect.signature(masked).parameters
-    if {"example", "dtype"} <= known.keys():
-        narrow = None if dtype == torch.float32 else dtype
-        options: dict[str, Any] = {"example": images, "dtype": narrow}
-        net = stack.enter_context(masked(model, sites, mask, **options))
-        return lambda x: logits_of(net(x))
-    net = stack.enter_context(masked(to_channels_last(model), sites, mask))
-
-    def run(x: Tensor) -> Tensor:
-        with autocast(dtype, x.device):
-            return logits_of(net(x))
-
-    return run
+    how = Execution(capture(model, sites, images), None if dtype == torch.float32 else dtype)
+    if how.captured is None or how.captured.reason is not None:
+        raise SystemExit(f"the graph level does not run here: {how.captured and how.captured.reason}")
+    net = stack.enter_context(masked(model, sites, mask, how=how))
+    return lambda x: logits_of(net(x))
 
 
 def mask_step_(mask: Tensor, momentum: Tensor, gradient: Tensor, magnitude: Tensor) -> None:

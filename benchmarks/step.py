@@ -24,6 +24,7 @@ from benchmarks.models import Workload, workload
 from benchmarks.providers import GRADIENT_TOLERANCE, LOSS_TOLERANCE, RATIO, Check, Step, steps
 from benchmarks.tables import console, number, ratio, table, verdict
 from benchmarks.timing import interleaved, summary
+from mnp_fast.memory import kept
 
 Row = dict[str, Any]
 
@@ -78,7 +79,9 @@ def measure(work: Workload, dtype: torch.dtype, names: Sequence[str], repeats: i
             **check(name, step, loss),
         }
         ready[name] = step
-    for name, times in interleaved(ready, repeats, device).items():
+    # As in a run: freed memory is kept for the next step.
+    around = {"mnp_fast": kept}
+    for name, times in interleaved(ready, repeats, device, around=around).items():
         rows[name] |= summary(times) | {"repeats": repeats}
     for name, row in rows.items():
         ready[name].release()

@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,13 +48,20 @@ def elapsed_ms(call: Call, device: torch.device, times: int = 1) -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Call], repeats: int, device: torch.device, *, sample_ms: float = 0.0
+    calls: Mapping[str, Call],
+    repeats: int,
+    device: torch.device,
+    *,
+    sample_ms: float = 0.0,
+    around: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds a call, ``repeats`` samples of each, all calls in turns.
 
     Every call runs twice before. A sample is one call, or as many as fill ``sample_ms``. Each round begins with another
-    call, so that none always follows the same one.
+    call, so that none always follows the same one. around: a context in which a call's turn runs; every turn then
+    begins with a call that is not timed, for all calls alike.
     """
+    around = around or {}
     inner = {}
     for name, call in calls.items():
         elapsed_ms(call, device)
@@ -67,7 +75,10 @@ def interleaved(
         for number in range(repeats):
             first = number % len(names)
             for name in (*names[first:], *names[:first]):
-                times[name].append(elapsed_ms(calls[name], device, inner[name]))
+                with around.get(name, nullcontext)():
+                    if around:
+                        elapsed_ms(calls[name], device)
+                    times[name].append(elapsed_ms(calls[name], device, inner[name]))
     finally:
         if collecting:
             gc.enable()

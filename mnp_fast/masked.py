@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from mnp_fast.errors import ConfigError
-from mnp_fast.graph import Captured, program
+from mnp_fast.graph import Captured, products_in, program
 from mnp_fast.ops import masked_affine
 from mnp_fast.sites import Site, columns, site_parameter, total_neurons
 
@@ -204,7 +204,7 @@ def _by_modules(
                 vector = _spread(sites[swap.site], swap.module, weight, views[swap.site])
                 # A plain tensor in the dictionary keeps the graph to the mask; state_dict is whole again below.
                 parameters[name] = (weight * vector).to(weight.dtype)  # type: ignore[assignment]
-            with torch.autocast(device, dtype, enabled=dtype is not None):
+            with products_in(dtype, device):
                 return inner(*args, **kwargs)
         finally:
             for parameters, name, weight in saved:

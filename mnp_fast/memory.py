@@ -16,8 +16,8 @@ from typing import Any
 # Numbers of mallopt(3) in glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _KEEPING = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # -1: never
-# glibc adapts its thresholds until one is set, and cannot be told to adapt again: these are where its own adaptation ends
-# once a process has freed a block of 32 MB.
+# glibc adapts its thresholds until one is set, and cannot be told to adapt again: these are where its adaptation
+# ends once a process has freed a block of 32 MB.
 _AFTER = {_TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65536}
 
 _depth = 0

@@ -204,7 +204,15 @@ class _Run:
         if self.config.finetune_epochs and not bool(keep.all()):
             with self.stage("fine-tune") as entry:
                 trace = finetune_(
-                    working, self.plain, self.sites, keep, self.learning, self.config, self.generator, self.bar, self.how
+                    working,
+                    self.plain,
+                    self.sites,
+                    keep,
+                    self.learning,
+                    self.config,
+                    self.generator,
+                    self.bar,
+                    self.how,
                 )
                 entry |= _ends(trace) | {"pruned": int((~keep).sum())}
         return working

@@ -15,7 +15,7 @@ import pytest
 from mnp_fast import ConfigError, PruneConfig
 from mnp_fast.errors import MnpFastError
 
-FIELDS = [field.name for field in fields(PruneConfig)]
+FIELDS = [field.name for field in fields(PruneConfig) if field.name != "precision"]  # numbers
 WHOLE = [name for name in FIELDS if type(getattr(PruneConfig(), name)) is int]
 
 
@@ -45,6 +45,13 @@ def test_the_defaults_stand() -> None:
     assert config == PruneConfig(**asdict(config))
     assert config.suspicion_share <= config.evidence_share
     assert set(WHOLE) == {"batch_size", "suppression_epochs", "mask_steps", "finetune_epochs"}
+
+
+def test_precision() -> None:
+    for value in ("auto", "float32", "bfloat16"):
+        assert PruneConfig(precision=value).precision == value
+    for value in ("float16", "", None, 1):
+        assert "one of auto, float32, bfloat16" in refused(precision=value)
 
 
 @pytest.mark.parametrize("name", FIELDS)

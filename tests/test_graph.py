@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ARCHITECTURES, SMALL, Stranger, logits, make, narrow_resnet18, randomize, snapshot
+from networks import ARCHITECTURES, SMALL, logits, make, snapshot
 from torch import Tensor, nn
 
 from mnp_fast.graph import Captured, capture

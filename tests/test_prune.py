@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mnp_fast
 from benchmarks import digits
-from mnp_fast import ConfigError, DataError, MnpFastError, ModelError, PruneConfig, PruneResult
-from mnp_fast.data import DefenceSet, collect
+from mnp_fast import ConfigError, DataError, MnpFastError, ModelError, PruneConfig, PruneResult, optimize
+from mnp_fast.data import DefenceSet, collect, logits_of
+from mnp_fast.graph import Captured
 from mnp_fast.masked import prune_
 from mnp_fast.sites import find_sites
 
@@ -385,7 +386,8 @@ class Interrupted(nn.Sequential):
         return super().forward(input)
 
 
-def test_interrupts(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupts_at_the_module_level(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["mnp_fast.prune"], "capture", lambda *args: Captured("not here"))
     interrupted = Interrupted(*model.children()).train()
     before = snapshot(interrupted)
     monkeypatch.setattr(Interrupted, "calls", 0)
@@ -399,6 +401,29 @@ def test_interrupts(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
             run(interrupted)
         assert snapshot(interrupted) == before
         assert all(p.grad is None for p in interrupted.parameters())
+
+
+def test_interrupts_at_the_graph_level(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, last = 0, 0
+
+    def logits(output: Any) -> Tensor:  # of every batch of every stage
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KeyboardInterrupt
+        return logits_of(output)
+
+    monkeypatch.setattr(optimize, "logits_of", logits)
+    before = snapshot(model)
+    run(model)
+    total = calls
+    assert total > 50
+    for number in {1, 2, 7, *range(10, total, 13), total}:
+        calls, last = 0, number
+        with pytest.raises(KeyboardInterrupt):
+            run(model)
+        assert snapshot(model) == before
+        assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("stage", ["suppress_", "learn_masks", "select", "finetune_", "predict", "magnitude"])

@@ -23,7 +23,7 @@ def short_way(
     save: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """A function like the op ``dispatched``; forward, save, backward are those of `torch.library.register_autograd`."""
+    """A function like the op ``dispatched``; the others as `torch.library.register_autograd` takes them."""
 
     def run_and_save(ctx: Any, *args: Any) -> Any:
         output = forward(*args)

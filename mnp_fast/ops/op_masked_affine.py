@@ -61,7 +61,7 @@ def masked_affine(
     return _forward(x, mask, scale, center, shift, residual, channel_dim, act)
 
 
-def _run(
+def run(
     x: Tensor,
     mask: Tensor,
     scale: Tensor,
@@ -87,7 +87,7 @@ def _run(
     return y
 
 
-def _run_backward(
+def run_backward(
     grad: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -126,14 +126,14 @@ def _run_backward(
 
 _forward_op = torch.library.custom_op(
     "mnp_fast::masked_affine",
-    _run,
+    run,
     mutates_args=(),
     schema="(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor shift, Tensor? residual, "
     "int channel_dim, str act) -> Tensor",
 )
 _backward_op = torch.library.custom_op(
     "mnp_fast::masked_affine_backward",
-    _run_backward,
+    run_backward,
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor? y, Tensor mask, Tensor scale, Tensor center, Tensor shift, "
     "int channel_dim, str act, bool need_grad_x, bool need_grad_residual) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -179,14 +179,14 @@ def _backward_fake(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mask, scale, center, shift, residual, ctx.channel_dim, ctx.act = inputs
     # The sign behind a relu follows from x alone, unless something was added to it.
     y = output if ctx.act == "relu" and residual is not None else None
     ctx.save_for_backward(x, y, mask, scale, center, shift)
 
 
-def _gradients(run: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def gradients(run: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """run: the backward, through the dispatcher or not."""
     x, y, mask, scale, center, shift = ctx.saved_tensors
     need_x, need_mask, need_scale, need_center, need_shift, need_residual = ctx.needs_input_grad[:6]
@@ -209,9 +209,9 @@ def _gradients(run: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor 
 
 
 _forward_op.register_autograd(
-    partial(_gradients, torch.ops.mnp_fast.masked_affine_backward.default), setup_context=_save
+    partial(gradients, torch.ops.mnp_fast.masked_affine_backward.default), setup_context=save
 )
-_forward = short_way(torch.ops.mnp_fast.masked_affine.default, _run, _save, partial(_gradients, _run_backward))
+_forward = short_way(torch.ops.mnp_fast.masked_affine.default, run, save, partial(gradients, run_backward))
 
 
 def _check(
