@@ -12,14 +12,15 @@ PY_FILES := $(wildcard mnp_fast tests benchmarks scripts setup.py)
 # Idle threads that spin take the cores from those that work: seen to cost a factor of 25 on two cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help env demo test lint format clean
+.PHONY: help env demo test sanitize lint format clean
 
 help:
-	@echo "make demo    repair a small backdoored network, and leave a clean one alone"
-	@echo "make test    all tests"
-	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make format  rewrite the files as lint wants them"
-	@echo "make clean   remove what was built (the environment stays: remove $(VENV) by hand)"
+	@echo "make demo      repair a small backdoored network, and leave a clean one alone"
+	@echo "make test      all tests"
+	@echo "make sanitize  tests of the CPU kernels with address and undefined-behaviour sanitizers"
+	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make format    rewrite the files as lint wants them"
+	@echo "make clean     remove what was built (the environment stays: remove $(VENV) by hand)"
 
 env:
 	@$(PYTHON) scripts/bootstrap.py --venv $(VENV) --torch '$(TORCH)'
@@ -29,6 +30,9 @@ demo: env
 
 test: env
 	@$(BIN)/python -m pytest $(ARGS)
+
+sanitize: env
+	@PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(abspath $(BIN))/python scripts/sanitize.sh $(ARGS)
 
 lint: env
 	$(BIN)/python -m ruff check $(PY_FILES)

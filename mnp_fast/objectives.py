@@ -20,16 +20,11 @@ def eliminate_and_preserve(suppressed_logits: Tensor, logits: Tensor, labels: Te
     """Loss of the masks: alpha L(F_m(x; theta_hat), y) + (1 - alpha) L(F_m(x; theta), y).
 
     The first term eliminates (the suppressed model theta_hat gets better where a neuron of the backdoor goes), the
-    second preserves. The weight penalty lambda sum_i m_i M_i is linear in the masks: `penalty_gradient`.
+    second preserves. The weight penalty lambda sum_i m_i M_i is linear in the masks: `mask_step_` adds its gradient.
     suppressed_logits, logits: (b, classes) floating, both under the same masks; labels: (b,) int64. Returns a scalar.
     """
     suppressed = F.cross_entropy(suppressed_logits.float(), labels)
     return alpha * suppressed + (1 - alpha) * F.cross_entropy(logits.float(), labels)
-
-
-def penalty_gradient(magnitude: Tensor, penalty: float) -> Tensor:
-    """Gradient of lambda sum_i m_i M_i with respect to the masks. magnitude: (neurons,) float32."""
-    return penalty * magnitude
 
 
 def repair_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, distillation: float) -> Tensor:

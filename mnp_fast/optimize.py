@@ -13,7 +13,8 @@ from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
 from mnp_fast.errors import ModelError
 from mnp_fast.masked import MODULES, Execution, masked, prune_
-from mnp_fast.objectives import eliminate_and_preserve, expose, penalty_gradient, repair_loss
+from mnp_fast.objectives import eliminate_and_preserve, expose, repair_loss
+from mnp_fast.ops import mask_step_
 from mnp_fast.progress import Progress
 from mnp_fast.sites import Site
 
@@ -109,7 +110,6 @@ def learn_masks(
     """
     mask = torch.ones_like(magnitude, requires_grad=True)
     momentum = torch.zeros_like(magnitude)
-    pull = penalty_gradient(magnitude, config.penalty)
     trace = Trace()
     progress.stage("masks", config.mask_steps)
     steps = _endless(lambda: data.batches(config.batch_size, generator, magnitude.device))
@@ -119,9 +119,9 @@ def learn_masks(
             logits = logits_of(model(images))
             loss = eliminate_and_preserve(logits_of(suppressed(images)), logits, labels, config.alpha)
             (gradient,) = torch.autograd.grad(loss, mask)
-            with torch.no_grad():
-                momentum.mul_(_MOMENTUM).add_(gradient).add_(pull)
-                mask.sub_(config.mask_rate * momentum).clamp_(0.0, 1.0)
+            mask_step_(
+                mask, momentum, gradient, magnitude, rate=config.mask_rate, decay=_MOMENTUM, penalty=config.penalty
+            )
             trace.loss.append(float(loss.detach()))
             trace.accuracy.append(_accuracy(logits, labels))
             progress.update(1, loss=trace.loss[-1], accuracy=trace.accuracy[-1])

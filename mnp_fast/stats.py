@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from mnp_fast.sites import Site, Source, site_parameter, total_neurons
+from mnp_fast.ops import channel_magnitude
+from mnp_fast.ops.op_channel_magnitude import DTYPES
+from mnp_fast.sites import Site, site_parameter, total_neurons
+
+_Key = tuple[str, str, bool]
+"""Module, parameter, and whether its columns count, not its rows."""
 
 
 def magnitude(model: nn.Module, sites: Sequence[Site], *, normalize: bool = True) -> Tensor:
@@ -28,39 +33,48 @@ def magnitude(model: nn.Module, sites: Sequence[Site], *, normalize: bool = True
     devices = [site_parameter(model, site.path, site.parameter)[1].device for site in sites[:1]]
     out = torch.empty(total_neurons(sites), dtype=torch.float32, device=next(iter(devices), None))
     groups: dict[tuple[str, bool], list[slice]] = {}
-    rows: dict[tuple[str, str], Tensor] = {}
-    with torch.no_grad():
-        for site in sites:
-            part = slice(site.offset, site.offset + site.neurons)
-            groups.setdefault((site.kind, bool(site.sources)), []).append(part)
-            norms = [_source_norm(model, site, source, rows) for source in site.sources] or [_own_norm(model, site)]
-            out[part] = torch.stack([norm.to(out) for norm in norms]).sum(0)
-        if normalize:
-            for parts in groups.values():
-                mean = torch.cat([out[part] for part in parts]).mean().clamp_min(torch.finfo(out.dtype).tiny)
-                for part in parts:
-                    out[part] /= mean
+    norms = _norms({key: _weight(model, *key) for site in sites for key in _keys(site)})
+    for site in sites:
+        part = slice(site.offset, site.offset + site.neurons)
+        groups.setdefault((site.kind, bool(site.sources)), []).append(part)
+        found = [norms[key] for key in _keys(site)]
+        if site.sources:
+            indices = [torch.as_tensor(source.rows, device=out.device) for source in site.sources]
+            found = [norm.to(out)[index] for norm, index in zip(found, indices, strict=True)]
+        out[part] = torch.stack([norm.to(out).view(site.neurons, -1).sum(1) for norm in found]).sum(0)
+    if normalize:
+        for parts in groups.values():
+            mean = torch.cat([out[part] for part in parts]).mean().clamp_min(torch.finfo(out.dtype).tiny)
+            for part in parts:
+                out[part] /= mean
     return out
 
 
-def _source_norm(model: nn.Module, site: Site, source: Source, cache: dict[tuple[str, str], Tensor]) -> Tensor:
-    key = (source.path, source.parameter)
-    if key not in cache:
-        cache[key] = _row_norms(*site_parameter(model, *key))
-    index = torch.as_tensor(source.rows, device=cache[key].device)
-    return cache[key][index].view(site.neurons, -1).sum(1)
+def _keys(site: Site) -> list[_Key]:
+    """The weights of the site's neurons: those that make them, or the one that pruning would set to zero."""
+    columns = site.kind in ("mlp", "heads")
+    made = [(source.path, source.parameter, False) for source in site.sources]
+    return made or [(site.path, site.parameter, columns)]
 
 
-def _own_norm(model: nn.Module, site: Site) -> Tensor:
-    weight = site_parameter(model, site.path, site.parameter)[1].detach().float().abs()
-    if site.kind in ("mlp", "heads"):
-        return weight.sum(0).view(site.neurons, site.repeat).sum(1)
-    return weight.reshape(site.neurons, -1).sum(1)
-
-
-def _row_norms(module: nn.Module, weight: Tensor) -> Tensor:
-    """L1 norm of the weights of each output channel, biases left out."""
-    weight = weight.detach().float().abs()
+def _weight(model: nn.Module, path: str, parameter: str, columns: bool) -> Tensor:
+    """The weight with its output channels in dim 0, or its input channels where `columns`."""
+    module, own = site_parameter(model, path, parameter)
+    weight = own.detach() if own.dtype in DTYPES else own.detach().float()
+    if columns:
+        return weight.transpose(0, 1)
     if isinstance(module, _ConvTransposeNd):  # (in, out / groups, ...)
-        return weight.flatten(2).sum(2).view(module.groups, -1, weight.shape[1]).sum(1).flatten()
-    return weight.flatten(1).sum(1)
+        return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight
+
+
+def _norms(weights: dict[_Key, Tensor]) -> dict[_Key, Tensor]:
+    """L1 norm of each output channel: one launch for all weights, or one for each device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[_Key]] = {}
+    for key, weight in weights.items():
+        groups.setdefault((weight.device, weight.dtype), []).append(key)
+    found: dict[_Key, Tensor] = {}
+    for keys in groups.values():
+        norms = channel_magnitude([weights[key] for key in keys])[0]
+        found.update(zip(keys, norms.split([len(weights[key]) for key in keys]), strict=True))
+    return found

@@ -66,7 +66,7 @@ gpu_tests() { "$PYTHON" -m pytest -m gpu -rfE --durations=10 tests; }
 # Without torch's cache every tensor is an allocation of its own, at whose end the checker stands.
 sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 99 \
-    "$PYTHON" -m pytest -p no:cacheprovider -m gpu -k "$2" tests/ops/test_masked_affine.py tests/ops/test_masked_act.py
+    "$PYTHON" -m pytest -p no:cacheprovider -m gpu -k "$2" tests/ops
 }
 
 bandwidth() {

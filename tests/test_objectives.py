@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnp_fast.objectives import eliminate_and_preserve, expose, penalty_gradient, repair_loss
+from mnp_fast.objectives import eliminate_and_preserve, expose, repair_loss
 
 LABELS = torch.tensor([0, 2, 1, 4, 2, 2])
 
@@ -56,19 +56,6 @@ def test_eliminate_and_preserve(alpha: float) -> None:
     for x, share in ((suppressed, alpha), (own, 1 - alpha)):
         assert x.grad is not None
         close(x.grad, share * (softmax(x.detach()) - F.one_hot(LABELS, 5)) / 6)
-
-
-@pytest.mark.parametrize("penalty", [0.0, 0.37])
-def test_penalty_gradient_is_that_of_the_penalty(penalty: float) -> None:
-    generator = torch.Generator().manual_seed(3)
-    mask = torch.rand(40, generator=generator, dtype=torch.float64).requires_grad_()
-    magnitude = 5 * torch.rand(40, generator=generator)
-    (penalty * (mask * magnitude).sum()).backward()
-    assert mask.grad is not None
-    gradient = penalty_gradient(magnitude, penalty)
-    assert gradient.dtype == torch.float32
-    assert gradient.shape == (40,)
-    close(gradient, mask.grad)
 
 
 @pytest.mark.parametrize("distillation", [0.0, 0.25, 1.0])

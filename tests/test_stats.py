@@ -80,3 +80,17 @@ def test_magnitude_is_the_same_in_bfloat16_and_for_zero_weights() -> None:
         for parameter in model.parameters():
             parameter.zero_()
     assert not magnitude(model, sites).any()
+
+
+def test_magnitude_of_weights_of_several_dtypes() -> None:
+    model, example = make(SMALL["elu vgg"])
+    sites = find_sites(model, example)
+    exact = magnitude(model, sites)
+    torch.testing.assert_close(magnitude(model.double(), sites), exact, rtol=1e-6, atol=0)
+    weights = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    with torch.no_grad():
+        for weight in (module.weight for module in weights):
+            weight.copy_(weight.bfloat16())
+    exact = magnitude(model.float(), sites)
+    weights[1].bfloat16()
+    torch.testing.assert_close(magnitude(model, sites), exact, rtol=1e-6, atol=0)

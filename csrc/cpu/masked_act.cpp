@@ -67,7 +67,7 @@ template <class Curve>
 struct Smooth {
   template <class T>
   static MNP_ALWAYS_INLINE Value at(Vec x) {
-    const Vec a = x.abs().at_most(Vec::fill(Curve::kLimit)), half = Vec::fill(0.5f);
+    const Vec a = min(Vec::fill(Curve::kLimit), x.abs()), half = Vec::fill(0.5f);
     const Tail t = Curve::template tail<T>(a);
     return {x.relu() - a * t.q, half + (fma(a, t.d, half) - t.q).negated_with(x)};
   }

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace mnp_fast::cpu {
+#include "cpu/dtype.h"
 
-enum class DType : int64_t { float32 = 0, bfloat16 = 1 };
+namespace mnp_fast::cpu {
 
 // Memory is a sequence of samples, each of `positions` x `row` numbers in one of two orders:
 //  - channels outside: a row is all `row` positions of a channel; coefficients are indexed by row % channels.

@@ -52,8 +52,9 @@ struct Vec {
     return {_mm512_and_ps(v, _mm512_castsi512_ps(_mm512_movm_epi32(positive)))};
   }
   Vec abs() const { return {_mm512_abs_ps(v)}; }
-  // The smaller of the two, NaN where this is NaN.
-  Vec at_most(Vec limit) const { return {_mm512_min_ps(limit.v, v)}; }
+  // The second operand is what comes back where one is NaN, and of two zeros.
+  friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   // This, negated where the sign bit of `sign` is set.
   Vec negated_with(Vec sign) const { return {_mm512_xor_ps(v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))}; }
   // This times 2^k, k being the low bits of `power`; the product must be a normal number.
@@ -115,8 +116,9 @@ struct Vec {
     return {_mm256_and_ps(_mm256_cmp_ps(sign.v, _mm256_setzero_ps(), _CMP_NLE_UQ), v)};
   }
   Vec abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
-  // The smaller of the two, NaN where this is NaN.
-  Vec at_most(Vec limit) const { return {_mm256_min_ps(limit.v, v)}; }
+  // The second operand is what comes back where one is NaN, and of two zeros.
+  friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   // This, negated where the sign bit of `sign` is set.
   Vec negated_with(Vec sign) const { return {_mm256_xor_ps(v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))}; }
   // This times 2^k, k being the low bits of `power`; the product must be a normal number.
@@ -196,11 +198,9 @@ struct Vec {
     return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & ~not_positive)};
   }
   Vec abs() const { return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & 0x7fffffffu)}; }
-  // The smaller of the two, NaN where this is NaN.
-  Vec at_most(Vec limit) const {
-    const Bits above = reinterpret_cast<Bits>(v > limit.v);
-    return {reinterpret_cast<Floats>((reinterpret_cast<Bits>(limit.v) & above) | (reinterpret_cast<Bits>(v) & ~above))};
-  }
+  // The second operand is what comes back where one is NaN, and of two zeros.
+  friend Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+  friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   // This, negated where the sign bit of `sign` is set.
   Vec negated_with(Vec sign) const {
     return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) ^ (reinterpret_cast<Bits>(sign.v) & 0x80000000u))};
@@ -214,7 +214,7 @@ struct Vec {
 #endif
 
 // The sum of the lanes, always in the same order.
-float sum(Vec a) {
+inline float sum(Vec a) {
   float lanes[Vec::kWidth];
   a.store(lanes);
   for (int64_t half = Vec::kWidth / 2; half > 0; half /= 2) {

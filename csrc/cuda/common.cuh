@@ -10,6 +10,8 @@
 
 namespace mnp_fast::cuda {
 
+inline constexpr int kWarp = 32;
+
 template <class T>
 inline constexpr int kPerAccess = 16 / sizeof(T);
 

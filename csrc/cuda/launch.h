@@ -1,6 +1,6 @@
-// What the C launchers of every op share. All pointers are device memory, tensors are dense. A launcher returns a CUDA
-// error code, 0 for success; it waits for nothing, and it neither prints nor exits. Sums are added in an order that
-// depends on the sizes alone.
+// What the C launchers of every op share. Pointers are device memory unless they say otherwise, tensors are dense. A
+// launcher returns a CUDA error code, 0 for success; it waits for nothing, and it neither prints nor exits. Sums are
+// added in an order that depends on sizes and alignment alone.
 #pragma once
 
 #include <cstdint>

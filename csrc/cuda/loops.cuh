@@ -12,7 +12,6 @@
 namespace mnp_fast::cuda {
 
 inline constexpr int kThreads = 256;
-inline constexpr int kWarp = 32;
 inline constexpr int kRowsPerThread = 16;
 // Planes no longer than this are summed by a warp each, longer ones by a block each.
 inline constexpr int64_t kWarpPlane = 1024;

@@ -1,8 +1,6 @@
 // C launchers of y = act(a*x + b + residual), a = mask*scale, b = shift - a*center per channel, and of its backward.
 #pragma once
 
-#include <cstdint>
-
 #include "cuda/launch.h"
 
 extern "C" {

@@ -9,7 +9,6 @@ namespace mnp_fast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int kRowsPerThread = 16;
 // Planes no longer than this are summed by a warp each, longer ones by a block each.
 constexpr int64_t kWarpPlane = 1024;

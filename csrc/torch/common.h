@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "act.h"
 
@@ -50,6 +51,22 @@ inline const float* check_vector(const Tensor& tensor, int64_t numel, const Tens
 inline Act check_act(int64_t act) {
   STD_TORCH_CHECK(act >= 0 && act < kActCount, "there is no activation ", act);
   return static_cast<Act>(act);
+}
+
+// How many rows (dim 0) the tensors have together: dense, of one dtype and on one device.
+inline int64_t check_rows(const std::vector<Tensor>& weights) {
+  STD_TORCH_CHECK(!weights.empty(), "there are no weights");
+  int64_t rows = 0;
+  for (const Tensor& weight : weights) {
+    STD_TORCH_CHECK(weight.dim() > 0, "weights has a number without rows");
+    check_dense(weight, weight.numel(), "weights");
+    STD_TORCH_CHECK(weight.scalar_type() == weights[0].scalar_type(), "weights have several dtypes");
+    STD_TORCH_CHECK(
+        weight.get_device_index() == weights[0].get_device_index() && weight.is_cuda() == weights[0].is_cuda(),
+        "weights are on several devices");
+    rows += weight.size(0);
+  }
+  return rows;
 }
 
 inline const void* pointer(const std::optional<Tensor>& tensor) {

@@ -8,11 +8,11 @@ namespace mnp_fast {
 
 inline void check_launch(int code) { STD_TORCH_CHECK(code == 0, "CUDA launch failed: ", mnp_cuda_error_string(code)); }
 
-inline MnpDType cuda_dtype(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cuda(), "x is not on a CUDA device");
+inline MnpDType dtype_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cuda(), name, " is not on a CUDA device");
   if (x.scalar_type() == ScalarType::Float) return kMnpFloat32;
   if (x.scalar_type() == ScalarType::BFloat16) return kMnpBFloat16;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "x is none of float32, bfloat16 and float16");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, name, " is none of float32, bfloat16 and float16");
   return kMnpFloat16;
 }
 

@@ -31,7 +31,7 @@ Tensor masked_act(Tensor x, Tensor mask, int64_t n, int64_t c, int64_t s, bool c
   const Layout layout{n, c, s, channels_last};
   check_dense(x, layout.numel(), "x");
   const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_act);
-  const cpu::DType dtype = dtype_of(x);
+  const cpu::DType dtype = dtype_of(x, "x");
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
 
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> masked_act_backward(Tensor grad, Tensor x, Tensor mas
   check_dense(x, layout.numel(), "x");
   check_like(grad, x, "grad");
   const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_act);
-  const cpu::DType dtype = dtype_of(x);
+  const cpu::DType dtype = dtype_of(x, "x");
   Tensor grad_x = need_grad_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor sum_gact = torch::stable::new_empty(mask, {n, c});
   if (x.numel() == 0) {

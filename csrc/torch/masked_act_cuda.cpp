@@ -15,7 +15,7 @@ MnpAct arguments(const Tensor& x, const Tensor& mask, const Layout& layout, int6
   p.s = layout.s;
   p.channels_last = layout.channels_last;
   p.act = static_cast<int64_t>(check_act(act));
-  p.dtype = cuda_dtype(x);
+  p.dtype = dtype_of(x, "x");
   p.device = x.get_device_index();
   p.stream = reinterpret_cast<void*>(stream);
   p.mask = check_vector(mask, layout.c, x, "mask");

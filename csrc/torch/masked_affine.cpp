@@ -14,7 +14,7 @@ Tensor masked_affine(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor 
   check_dense(x, layout.numel(), "x");
   if (residual.has_value()) check_like(*residual, x, "residual");
   const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_affine);
-  const cpu::DType dtype = dtype_of(x);
+  const cpu::DType dtype = dtype_of(x, "x");
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
 
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_affine_backward(Tensor grad, T
   check_like(grad, x, "grad");
   if (y.has_value()) check_like(*y, x, "y");
   const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_affine);
-  const cpu::DType dtype = dtype_of(x);
+  const cpu::DType dtype = dtype_of(x, "x");
   Tensor grad_x = need_grad_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor grad_residual = need_grad_residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor sum_g = torch::stable::new_empty(mask, {n, c});

@@ -15,7 +15,7 @@ inline MnpAffine affine(const Tensor& x, const Tensor& mask, const Tensor& scale
   p.s = layout.s;
   p.channels_last = layout.channels_last;
   p.relu = relu;
-  p.dtype = cuda_dtype(x);
+  p.dtype = dtype_of(x, "x");
   p.device = x.get_device_index();
   p.stream = reinterpret_cast<void*>(stream);
   p.mask = check_vector(mask, layout.c, x, "mask");

@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_batch_norm(Tensor x, Tensor mask, Tens
   check_dense(x, layout.numel(), "x");
   STD_TORCH_CHECK(x.numel() > 0, "x is empty");
   const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_batch_norm);
-  const cpu::DType dtype = dtype_of(x);
+  const cpu::DType dtype = dtype_of(x, "x");
   check_vector(mask, c, x, "mask");
   const float* gamma = check_vector(weight, c, x, "weight");
   Tensor mean = torch::stable::empty_like(mask), rstd = torch::stable::empty_like(mask);
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_batch_norm_backward(Tensor gra
   check_dense(x, layout.numel(), "x");
   STD_TORCH_CHECK(x.numel() > 0, "x is empty");
   const auto& kernel = MNP_CHOOSE_KERNELS(usable_isa(isa), masked_batch_norm);
-  const cpu::DType dtype = dtype_of(x);
+  const cpu::DType dtype = dtype_of(x, "x");
   const float* r = check_vector(rstd, c, x, "rstd");
   auto [none, grad_residual, sum_g, sum_gx] = masked_affine_backward(
       grad, x, y, mask, scale, mean, bias, n, c, s, channels_last, relu, false, need_grad_residual, isa);

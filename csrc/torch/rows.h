@@ -5,29 +5,13 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/isa.h"
 #include "cpu/rows.h"
-#include "torch/common.h"
+#include "torch/cpu.h"
 
 namespace mnp_fast {
 
-// As much as one thread should get at least: what at::parallel_for takes for its own elementwise kernels.
-inline constexpr int64_t kGrain = 32768;
 // Numbers in a unit of sums where channels are inside: fixed, so that sums do not depend on the threads.
 inline constexpr int64_t kBlock = 65536;
-
-inline cpu::Isa usable_isa(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa < cpu::kIsaCount && cpu::isa_usable(static_cast<cpu::Isa>(isa)),
-                  "this processor cannot run instruction set ", isa);
-  return static_cast<cpu::Isa>(isa);
-}
-
-inline cpu::DType dtype_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu(), "x is not on the CPU");
-  if (x.scalar_type() == ScalarType::Float) return cpu::DType::float32;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x is neither float32 nor bfloat16");
-  return cpu::DType::bfloat16;
-}
 
 // How often the channels are repeated in a row: enough for whole vectors where there are few channels, at most `most`.
 inline int64_t repeats(int64_t channels, int64_t most) {

@@ -31,6 +31,18 @@ def usable_isas() -> list[str]:
     return [] if module is None else list(module.usable_isas())
 
 
+def channel_magnitude(weights: list[Tensor]) -> Tensor:
+    found: Tensor = torch.ops.mnp_fast_cpu.channel_magnitude.default(weights, _isa(registry.requested_cpu_isa()))
+    return found
+
+
+def mask_step(
+    mask: Tensor, momentum: Tensor, grad: Tensor, magnitude: Tensor, rate: float, decay: float, penalty: float
+) -> None:
+    isa = _isa(registry.requested_cpu_isa())
+    torch.ops.mnp_fast_cpu.mask_step.default(mask, momentum, grad, magnitude, rate, decay, penalty, isa)
+
+
 def masked_act(x: Tensor, mask: Tensor, layout: Layout, act: str) -> Tensor:
     y: Tensor = torch.ops.mnp_fast_cpu.masked_act.default(
         x, mask, *layout, ACTIVATIONS.index(act), _isa(registry.requested_cpu_isa())

@@ -36,6 +36,18 @@ def library_problem() -> str | None:
     return native.load("mnp_fast_cuda", native.build_info().get("cuda_reason", ""))
 
 
+def channel_magnitude(weights: list[Tensor]) -> Tensor:
+    found: Tensor = torch.ops.mnp_fast_cuda.channel_magnitude.default(weights, _stream(weights[0]))
+    return found
+
+
+def mask_step(
+    mask: Tensor, momentum: Tensor, grad: Tensor, magnitude: Tensor, rate: float, decay: float, penalty: float
+) -> None:
+    stream = _stream(mask)
+    torch.ops.mnp_fast_cuda.mask_step.default(mask, momentum, grad, magnitude, rate, decay, penalty, stream)
+
+
 def masked_act(x: Tensor, mask: Tensor, layout: Layout, act: str) -> Tensor:
     y: Tensor = torch.ops.mnp_fast_cuda.masked_act.default(x, mask, *layout, ACTIVATIONS.index(act), _stream(x))
     return y

@@ -37,10 +37,14 @@ def dense(x: Tensor, channel_dim: int) -> tuple[Tensor, Layout]:
     if x.is_contiguous():
         # With one position both orders are the same memory, and rows of c are longer than rows of 1.
         return x, Layout(n, c, s, s == 1)
-    memory_format = _CHANNELS_LAST.get(len(shape))
-    if memory_format is not None and x.is_contiguous(memory_format=memory_format):
+    if _is_channels_last(x):
         return x, Layout(n, c, s, True)
     return x.contiguous(), Layout(n, c, s, s == 1)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """`x`, copied only where its rows (dim 0) do not lie one after the other, each without holes, in memory."""
+    return x if _is_channels_last(x) else x.contiguous()
 
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
@@ -48,6 +52,11 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
     if tensor.stride() == x.stride():
         return tensor
     return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    memory_format = _CHANNELS_LAST.get(x.dim())
+    return memory_format is not None and x.is_contiguous(memory_format=memory_format)
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -13,6 +13,23 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def channel_magnitude(weights: list[Tensor]) -> Tensor:
+    found = []
+    for weight in weights:
+        rows = weight.unsqueeze(-1).flatten(1).float().abs()
+        # A row without numbers has no largest one; vector_norm loses more of a long one than a sum does.
+        largest = rows.amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
+        found.append(torch.stack((rows.sum(1), rows.square().sum(1).sqrt(), largest)))
+    return torch.cat(found, 1)
+
+
+def mask_step(
+    mask: Tensor, momentum: Tensor, grad: Tensor, magnitude: Tensor, rate: float, decay: float, penalty: float
+) -> None:
+    momentum.mul_(decay).add_(grad).add_(penalty * magnitude)
+    mask.sub_(rate * momentum).clamp_(0.0, 1.0)
+
+
 def masked_act(x: Tensor, mask: Tensor, layout: Layout, act: str) -> Tensor:
     out = torch.empty_like(x)
     _memory(out, layout).copy_(_vector(mask, layout) * _activation(_memory(x, layout).to(mask.dtype), act))

@@ -45,6 +45,20 @@ def triton_problem() -> str | None:
     return None
 
 
+def channel_magnitude(weights: list[Tensor]) -> Tensor:
+    from mnp_fast.ops import triton_channel_magnitude as kernels
+
+    return kernels.forward(weights)
+
+
+def mask_step(
+    mask: Tensor, momentum: Tensor, grad: Tensor, magnitude: Tensor, rate: float, decay: float, penalty: float
+) -> None:
+    from mnp_fast.ops import triton_mask_step as kernels
+
+    kernels.step(mask, momentum, grad, magnitude, rate, decay, penalty)
+
+
 def masked_act(x: Tensor, mask: Tensor, layout: Layout, act: str) -> Tensor:
     from mnp_fast.ops import triton_masked_act as kernels
 

@@ -1,4 +1,4 @@
-"""What the tests of ops with one coefficient a channel share: who provides an op here, and tensors in every memory."""
+"""What the tests of all ops share: who provides an op here, tensors in every memory, errors of narrow dtypes."""
 
 from __future__ import annotations
 

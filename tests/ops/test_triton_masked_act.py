@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from triton_compile import WIDE, compile_kernel, run_in_interpreter
+from triton_compile import POINTERS, WIDE, compile_kernel, run_in_interpreter
 
 from mnp_fast.ops.op_masked_act import ACTIVATIONS
 
