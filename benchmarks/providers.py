@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from benchmarks.layers import reference, rewrite, use_batch_statistics_
 from benchmarks.models import Workload
-from mnp_fast import PruneConfig, ops
+from mnp_fast import PruneConfig
 from mnp_fast.data import logits_of
 from mnp_fast.graph import capture
 from mnp_fast.masked import Execution, masked
-from mnp_fast.objectives import penalty_gradient
+from mnp_fast.ops import mask_step_
 from mnp_fast.sites import Site
 
 RATE = PruneConfig.mask_rate
@@ -79,7 +79,7 @@ class Published:
 
     def gradient(self) -> Tensor:
         gradients = [mask.grad for mask in self.masks if mask.grad is not None]
-        return torch.cat(gradients) - penalty_gradient(self.work.magnitude, PENALTY)
+        return torch.cat(gradients) - PENALTY * self.work.magnitude
 
     def mask(self) -> Tensor:
         return torch.cat([mask.detach() for mask in self.masks])
@@ -104,7 +104,7 @@ class Tuned:
             _let_projections_fold_(self.net)
         self.images = in_channels_last(work.images)
         self.momentum = torch.zeros_like(self.flat)
-        self.pull = penalty_gradient(work.magnitude, PENALTY)
+        self.pull = PENALTY * work.magnitude
         self.loss: Callable[[], Tensor] = torch.compile(self._loss) if compiled else self._loss
         self.update: Callable[[Tensor], None] = torch.compile(self._update) if compiled else self._update
 
@@ -153,7 +153,9 @@ class MnpFast:
         loss = F.cross_entropy(self.net(self.images).float(), self.work.labels)
         (self.last,) = torch.autograd.grad(loss, self.flat)
         with torch.no_grad():
-            mask_step_(self.flat, self.momentum, self.last, self.work.magnitude)
+            mask_step_(
+                self.flat, self.momentum, self.last, self.work.magnitude, rate=RATE, decay=DECAY, penalty=PENALTY
+            )
         return loss.detach()
 
     def gradient(self) -> Tensor:
@@ -183,16 +185,6 @@ def masked_network(
         raise SystemExit(f"the graph level does not run here: {how.captured and how.captured.reason}")
     net = stack.enter_context(masked(model, sites, mask, how=how))
     return lambda x: logits_of(net(x))
-
-
-def mask_step_(mask: Tensor, momentum: Tensor, gradient: Tensor, magnitude: Tensor) -> None:
-    """The update in place: the package's op, or plain torch where this version has none."""
-    op = getattr(ops, "mask_step_", None)
-    if op is not None:
-        op(mask, momentum, gradient, magnitude, rate=RATE, decay=DECAY, penalty=PENALTY)
-        return
-    momentum.mul_(DECAY).add_(gradient).add_(magnitude, alpha=PENALTY)
-    mask.sub_(RATE * momentum).clamp_(0.0, 1.0)
 
 
 def steps(work: Workload, dtype: torch.dtype, names: Sequence[str]) -> Iterator[tuple[str, Step]]:
@@ -245,7 +237,7 @@ class Check:
         """match, loss_error and gradient_error of the first step that ``step`` has made, with this loss."""
         published = name == "published"
         loss_error, gradient_error = self.errors(name, step, loss)
-        pull = step.gradient() + penalty_gradient(self.work.magnitude, PENALTY)
+        pull = step.gradient() + PENALTY * self.work.magnitude
         moved = torch.allclose(step.mask(), (self.work.mask - RATE * pull).clamp(0.0, 1.0), atol=1e-6)
         # Written so that NaN is no match.
         match = (

@@ -33,7 +33,7 @@ from benchmarks.providers import (
 )
 from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
-from mnp_fast.objectives import penalty_gradient, repair_loss
+from mnp_fast.objectives import repair_loss
 from mnp_fast.sites import Site, site_parameter
 
 _CLIP = 1.0
@@ -151,7 +151,7 @@ class Stages:
         alpha = self.config.alpha
         optimizer = torch.optim.SGD(masks, lr=RATE, momentum=DECAY)
         penalties = self.magnitude.split([site.neurons for site in self.sites])
-        momentum, pull = torch.zeros_like(flat), penalty_gradient(self.magnitude, PENALTY)
+        momentum, pull = torch.zeros_like(flat), PENALTY * self.magnitude
 
         def published() -> None:
             images, labels = next(batches)

@@ -23,9 +23,9 @@ _PAIRS_OF_KEYS = (("pixel_values", "labels"), ("images", "labels"), ("image", "l
 
 @dataclass(frozen=True, eq=False)
 class DefenceSet:
-    """Clean pictures and their labels, on the CPU.
+    """Clean pictures and their labels.
 
-    images: (n, ...) floating, finite. labels: (n,) int64, at least 0.
+    images: (n, ...) floating, finite, on any device. labels: (n,) int64, at least 0, on the CPU.
     """
 
     images: Tensor
@@ -37,6 +37,10 @@ class DefenceSet:
     def in_float32(self) -> DefenceSet:
         """The same with images in float32."""
         return DefenceSet(self.images.to(torch.float32), self.labels)
+
+    def on(self, device: torch.device) -> DefenceSet:
+        """The same with the images on ``device``: moved once, not with every batch."""
+        return DefenceSet(self.images.to(device), self.labels)
 
     def subset(self, index: Tensor | Sequence[int]) -> DefenceSet:
         """The pictures at `index` (integers or a mask of n booleans), in that order, copied."""

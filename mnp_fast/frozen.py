@@ -20,7 +20,8 @@ _ATTENTION_LENGTH = 1024
 
 def packs(weight: Tensor) -> bool:
     """Whether products with this weight run on oneDNN with a packed weight."""
-    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    mkldnn = torch.backends.mkldnn
+    return weight.device.type == "cpu" and bool(mkldnn.is_available() and mkldnn.enabled)
 
 
 class FrozenConv2d(nn.Module):
@@ -110,7 +111,7 @@ def _turned(weight: Tensor, groups: int) -> Tensor:
 def _pack(
     weight: Tensor, padding: list[int], stride: list[int], dilation: list[int], groups: int, shape: torch.Size
 ) -> Tensor:
-    packed: Tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[attr-defined]
+    packed: Tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
         weight.to_mkldnn(), padding, stride, dilation, groups, shape
     )
     return packed

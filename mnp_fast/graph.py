@@ -218,6 +218,7 @@ class _Rewriter:
         self.graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
         output = self.graph.graph_copy(captured.graph, values)  # type: ignore[arg-type]
+        assert isinstance(output, list | tuple)
         self.graph.output(output[0])
         self.nodes = {old.name: new for old, new in values.items()}
         self.sites, self.mask, self.batch_statistics = sites, mask, batch_statistics
@@ -409,7 +410,7 @@ class _Rewriter:
         bias = self._value(node.args[2]) if len(node.args) > 2 else None
         if weight is None or (len(node.args) > 2 and node.args[2] is not None and bias is None):
             return
-        rest = [(1, 1), (0, 0), (1, 1), 1] if node.target == aten.conv2d.default else []
+        rest: list[Any] = [(1, 1), (0, 0), (1, 1), 1] if node.target == aten.conv2d.default else []
         given = node.args[3:]
         rest[: len(given)] = [tuple(v) * (2 // len(v)) if isinstance(v, list | tuple) else v for v in given]
         key = (node.target, id(weight), id(bias), *rest)

@@ -51,7 +51,7 @@ def suppress_(
 
     model: on the device of the data, its parameters trainable. Raises ModelError if accuracy hardly falls.
     """
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    parameters: list[Tensor] = [p for p in model.parameters() if p.is_floating_point()]
     momenta = [torch.zeros_like(p) for p in parameters]
     trace, rate, first = Trace(), config.suppression_rate, 0.0
     # With few classes a model that answers one class only is still right this often.
@@ -110,7 +110,7 @@ def learn_masks(
     """
     mask = torch.ones_like(magnitude, requires_grad=True)
     momentum = torch.zeros_like(magnitude)
-    trace = Trace()
+    trace, readings = Trace(), _Readings()
     progress.stage("masks", config.mask_steps)
     steps = _endless(lambda: data.batches(config.batch_size, generator, magnitude.device))
     with masked(suppressed, sites, mask, batch_statistics=True, how=how), masked(model, sites, mask, how=how):
@@ -122,9 +122,9 @@ def learn_masks(
             mask_step_(
                 mask, momentum, gradient, magnitude, rate=config.mask_rate, decay=_MOMENTUM, penalty=config.penalty
             )
-            trace.loss.append(float(loss.detach()))
-            trace.accuracy.append(_accuracy(logits, labels))
-            progress.update(1, loss=trace.loss[-1], accuracy=trace.accuracy[-1])
+            readings.add(loss, logits, labels)
+            progress.update(1, **readings.at_hand())
+    trace.loss, trace.accuracy = readings.steps()
     masks = mask.detach()
     pressed = momentum.argsort(descending=True, stable=True)
     return masks, pressed[masks[pressed].argsort(stable=True)], trace
@@ -160,7 +160,7 @@ def finetune_(
     progress.stage("fine-tune", config.finetune_epochs)
     with masked(model, (), None, how=how), masked(teacher, sites, torch.ones(len(keep), device=device), how=how):
         for _ in range(config.finetune_epochs):
-            losses, right = 0.0, 0.0
+            readings = _Readings()
             for images, labels in data.batches(_finetune_batch(config), generator, device):
                 with torch.no_grad():
                     soft = logits_of(teacher(images))
@@ -172,11 +172,10 @@ def finetune_(
                 optimizer.step()
                 schedule.step()
                 prune_(model, sites, keep)
-                losses += float(loss.detach()) * len(labels) / len(data)
-                right += _accuracy(logits, labels) * len(labels) / len(data)
-            trace.loss.append(losses)
-            trace.accuracy.append(right)
-            progress.update(1, loss=losses, accuracy=right)
+                readings.add(loss, logits, labels)
+            for values, value in zip((trace.loss, trace.accuracy), readings.mean(), strict=True):
+                values.append(value)
+            progress.update(1, loss=trace.loss[-1], accuracy=trace.accuracy[-1])
     return trace
 
 
@@ -202,28 +201,55 @@ def _finetune_batch(config: PruneConfig) -> int:
 def _ascend(
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor]],
-    parameters: Sequence[Tensor],
-    momenta: Sequence[Tensor],
+    parameters: list[Tensor],
+    momenta: list[Tensor],
     rate: float,
     weight_decay: float,
 ) -> tuple[float, float]:
     """Steps of one window; (clean loss, accuracy) over it, measured before each step."""
     device = parameters[0].device
-    losses, right, count = 0.0, 0.0, 0
+    readings = _Readings()
     for images, labels in batches:
         logits = logits_of(model(images.to(device)))
         labels = labels.to(device)
         objective = expose(logits, labels)
-        gradients = torch.autograd.grad(objective, list(parameters), allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             length = torch.nn.utils.get_total_norm(gradients).clamp_min(1e-12)
-            for p, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
-                momentum.mul_(_MOMENTUM).add_(gradient / length).add_(p, alpha=weight_decay)
-                p.sub_(rate * momentum)
-        losses -= float(objective.detach()) * len(labels)
-        right += _accuracy(logits, labels) * len(labels)
-        count += len(labels)
-    return losses / count, right / count
+            torch._foreach_mul_(momenta, _MOMENTUM)
+            torch._foreach_add_(momenta, torch._foreach_div(list(gradients), length))
+            torch._foreach_add_(momenta, parameters, alpha=weight_decay)
+            torch._foreach_add_(parameters, momenta, alpha=-rate)
+        readings.add(-objective, logits, labels)
+    return readings.mean()
+
+
+class _Readings:
+    """Loss and accuracy of steps. They stay on the device until asked for, so that a GPU never waits for the host."""
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []  # (loss, accuracy) of a step
+        self._pictures: list[int] = []
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        with torch.no_grad():
+            self._values.append(torch.stack([loss.detach().float(), (logits.argmax(1) == labels).float().mean()]))
+        self._pictures.append(len(labels))
+
+    def at_hand(self) -> dict[str, float]:
+        """The last step's, where reading it costs nothing."""
+        last = self._values[-1]
+        return dict(zip(("loss", "accuracy"), last.tolist(), strict=True)) if last.device.type == "cpu" else {}
+
+    def steps(self) -> tuple[list[float], list[float]]:
+        loss, accuracy = torch.stack(self._values, 1).tolist()
+        return loss, accuracy
+
+    def mean(self) -> tuple[float, float]:
+        """Over the pictures."""
+        values, pictures = torch.stack(self._values).double().cpu(), torch.tensor(self._pictures, dtype=torch.double)
+        loss, accuracy = ((values * pictures[:, None]).sum(0) / pictures.sum()).tolist()
+        return loss, accuracy
 
 
 def _windows(data: DefenceSet, batch_size: int, generator: torch.Generator) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -238,7 +264,3 @@ def _windows(data: DefenceSet, batch_size: int, generator: torch.Generator) -> I
 def _endless(batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         yield from batches()
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(1) == labels).float().mean())

@@ -111,6 +111,7 @@ class _Run:
         self.device = own if self.given_device is None else compute_device(self.given_device)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.learning, self.held = self.data.split(self.config.held_back, self.generator)
+        self.data, self.learning, self.held = (part.on(self.device) for part in (self.data, self.learning, self.held))
         # The copy that is masked; float32, since steps of masks and weights are lost in half precision.
         self.plain = self.working_copy()
         self.sites = find_sites(self.plain, self.data.images[:2].to(self.device))

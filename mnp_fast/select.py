@@ -83,7 +83,7 @@ def select(
             # One size of batch for learning and selecting: batch statistics depend on it.
             for logits in predictions(suppressed, learning, config.batch_size, mask.device):
                 seen += len(logits)
-                there += int(logits.argmax(1).eq(suspected_target).sum())
+                there += int(logits.argmax(1).eq(suspected_target or 0).sum())
                 if there > allowed or there + len(learning) - seen <= allowed:
                     break
             return there <= allowed

@@ -25,10 +25,14 @@ class Calls:
 def test_set_once_and_put_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls()
     monkeypatch.setattr(memory, "_glibc", lambda: calls)
-    with pytest.raises(KeyError), memory.kept(), memory.kept():
+
+    def fails() -> None:
         assert dict(calls.set) == memory._KEEPING
         assert len(calls.set) == len(memory._KEEPING)
         raise KeyError
+
+    with pytest.raises(KeyError), memory.kept(), memory.kept():
+        fails()
     assert dict(calls.set[len(memory._KEEPING) :]) == memory._AFTER
     assert calls.trims == 1
 

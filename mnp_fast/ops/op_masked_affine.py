@@ -208,9 +208,7 @@ def gradients(run: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor |
     )
 
 
-_forward_op.register_autograd(
-    partial(gradients, torch.ops.mnp_fast.masked_affine_backward.default), setup_context=save
-)
+_forward_op.register_autograd(partial(gradients, torch.ops.mnp_fast.masked_affine_backward.default), setup_context=save)
 _forward = short_way(torch.ops.mnp_fast.masked_affine.default, run, save, partial(gradients, run_backward))
 
 
