@@ -53,7 +53,9 @@ def _pool(count: int, cores: int) -> ThreadPoolExecutor:
         ready = threading.Barrier(count)
 
         def start(cores: int) -> None:
-            # A thread's own number of threads; torch sets that of its BLAS for the whole process, put back below.
+            # The number is the thread's own, but only once torch has given it the number of the process, which it does
+            # when it is first asked. That of the process, and of its BLAS, is put back below.
+            torch.get_num_threads()
             torch.set_num_threads(cores)
             _here.inside = True
             ready.wait()
