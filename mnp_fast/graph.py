@@ -105,8 +105,10 @@ def capture(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Capture
         elif entry.kind != InputKind.USER_INPUT:
             return Captured(f"the trace needs a {entry.kind.name.lower().replace('_', ' ')}")
     if any(entry.kind != OutputKind.USER_OUTPUT for entry in signature.output_specs):
-        return Captured("its forward changes buffers or inputs")
+        return Captured("the trace gives more than the logits")
     for node in graph.nodes:
+        if any(written.op == "placeholder" for written in _written(node)):
+            return Captured("its forward changes buffers, weights or its input")
         if node.op == "call_function" and not (isinstance(node.target, torch._ops.OpOverload) or _of_sizes(node)):
             return Captured(f"the trace has {node.target}")
         if node.target in _KEPT_FREE:
@@ -145,6 +147,14 @@ class _Logits(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return logits_of(self.net(images))
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operator writes into."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    pairs = zip(node.target._schema.arguments, node.args, strict=False)
+    return [x for a, x in pairs if isinstance(x, fx.Node) and a.alias_info is not None and a.alias_info.is_write]
 
 
 def _of_sizes(node: fx.Node) -> bool:

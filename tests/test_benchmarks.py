@@ -252,7 +252,7 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     counting(optimize, "expose", "suppress")
     counting(optimize, "eliminate_and_preserve", "masks")
     counting(optimize, "repair_loss", "finetune")
-    counting(select, "predict", lambda network, part, *_: f"select {len(part)}")
+    counting(select, "predictions", lambda network, part, *_: f"select {len(part)}")
     counting(prune, "predict", lambda network, part, *_: f"prune {len(part)}")
     result = mnp_fast.prune(model, [data], config, progress=False)
     learning, _ = DefenceSet(*data).split(config.held_back, torch.Generator().manual_seed(0))
@@ -260,7 +260,8 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     assert calls["masks"] == counts.masks == 12
     assert calls["finetune"] == counts.finetune
     assert calls[f"select {held}"] == counts.plain
-    assert calls[f"select {len(learning)}"] == counts.plain + counts.suppressed
+    # An answer that is certain after the held-back pictures asks for no others.
+    assert counts.suppressed < calls[f"select {len(learning)}"] <= counts.plain + counts.suppressed
     # Windows that were taken back are run and not counted.
     assert counts.suppress <= calls["suppress"]
     assert calls[f"prune {len(data[1])}"] == counts.exposed

@@ -5,15 +5,21 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import ARCHITECTURES, SMALL, Stranger, logits, make, narrow_resnet18, randomize, snapshot
+from test_optimize import quadrants, small, taught
 from torch import Tensor, nn
 
+from mnp_fast import PruneConfig
 from mnp_fast.graph import Captured, capture, program
 from mnp_fast.masked import Execution, masked
+from mnp_fast.ops import force_backend
+from mnp_fast.optimize import learn_masks
+from mnp_fast.progress import Progress
 from mnp_fast.sites import Site, find_sites, total_neurons
 
 # Why these are not captured; every other one must be.
@@ -194,6 +200,20 @@ class Asks(nn.Module):
         return self.net(x if bool(x.sum() > 0) else -x)
 
 
+def test_a_strangers_own_modules_are_captured() -> None:
+    torch.manual_seed(0)
+    model, images = randomize(Stranger()).eval(), torch.randn(3, 3, 8, 8)
+    del model._buffers["calls"]  # which no trace may change
+    model.calls = 0
+    sites = find_sites(model, images)
+    captured = capture(model, sites, images)
+    assert captured.reason is None
+    expected = outputs(model, sites, images, Execution())
+    given = outputs(model, sites, images, Execution(captured))
+    assert close(given[0], expected[0], 1e-4)
+    assert close(given[1], expected[1], 1e-3)
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
@@ -205,8 +225,8 @@ class Asks(nn.Module):
 def test_reasons(model: Callable[[], nn.Module], reason: str) -> None:
     torch.manual_seed(0)
     network = model().eval()
-    images = torch.randn(2, 3, 8, 8) if isinstance(network, Stranger) else torch.randn(2, 3, 32, 32)
-    images = images.to(next(network.parameters()).dtype)
+    size = 8 if isinstance(network, Stranger) else 32
+    images = torch.randn(2, 3, size, size, dtype=next(network.parameters()).dtype)
     sites = find_sites(network, images)
     before = {key: value for key, value in snapshot(network).items() if not isinstance(value, int)}
     captured = capture(network, sites, images)
@@ -224,3 +244,27 @@ def test_reasons(model: Callable[[], nn.Module], reason: str) -> None:
 def test_one_picture_is_too_few() -> None:
     model, images, sites, _ = found("narrow resnet18")
     assert "two pictures" in str(capture(model, sites, images[:1]).reason)
+
+
+# ---------------------------------------------------------------- the same masks
+def test_fifty_steps_give_the_masks_of_the_reference() -> None:
+    torch.manual_seed(0)
+    model = taught(small())
+    suppressed = copy.deepcopy(model)
+    with torch.no_grad():
+        suppressed[9].weight.mul_(-0.5)  # wrong, but not by much
+    data = quadrants()
+    sites = find_sites(model, data.images[:2])
+    captured = capture(model, sites, data.images[:2])
+    assert captured.reason is None
+    config = PruneConfig(batch_size=40, mask_steps=50, mask_rate=0.05)
+    found = []
+    for how, backend in ((Execution(), "reference"), (Execution(captured), None)):
+        with force_backend(backend) if backend else nullcontext():
+            generator = torch.Generator().manual_seed(0)
+            arguments = (model, suppressed, sites, torch.linspace(0.5, 1.5, 16), data, config, generator)
+            found.append(learn_masks(*arguments, Progress(False), how))
+    assert 0.1 < float((found[0][0] < 0.9).float().mean()) < 0.9  # some have moved and some have not
+    assert float((found[0][0] - found[1][0]).abs().max()) <= 1e-4
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(torch.tensor(found[0][2].loss), torch.tensor(found[1][2].loss), rtol=1e-4, atol=1e-5)
