@@ -24,8 +24,8 @@ def peak_mb(call: Callable[[], Any], device: torch.device) -> float:
         return float(torch.cuda.max_memory_allocated(device) - before) / 1e6
     activities = [torch.profiler.ProfilerActivity.CPU]
     threads = torch.get_num_threads()
-    # The profiler sees this thread alone. With one core the step of mnp_fast has no others; with more they hold parts of
-    # what one holds here.
+    # The profiler sees this thread alone. With one core the step of mnp_fast has no others; with more each holds a part
+    # of what this one holds here.
     torch.set_num_threads(1)
     try:
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:

@@ -98,7 +98,7 @@ def described(environment: Mapping[str, Any]) -> str:
 def step_table(rows: Sequence[Row]) -> str:
     """A line for each network, batch and dtype."""
     columns = ["network", "batch", "dtype", *(f"{name}, ms" for name in PROVIDERS)]
-    columns += ["x published", "x torch_compile", "peak MB: published", "mnp_fast", "compile s"]
+    columns += ["x published", "x tuned_eager", "x torch_compile", "peak MB: published", "mnp_fast", "compile s"]
     cells = []
     for (arch, size, batch, dtype), by in _groups(rows, "arch", "size", "batch", "dtype").items():
         published, compiled, ours = by.get("published"), by.get("torch_compile"), by.get("mnp_fast")
@@ -109,6 +109,7 @@ def step_table(rows: Sequence[Row]) -> str:
                 dtype,
                 *(_cell(by.get(name), "median_ms") for name in PROVIDERS),
                 ratio(published, ours, "median_ms"),
+                ratio(by.get("tuned_eager"), ours, "median_ms"),
                 ratio(compiled, ours, "median_ms"),
                 _cell(published, "peak_mb"),
                 _cell(ours, "peak_mb"),

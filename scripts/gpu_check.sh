@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Everything that only a machine with a GPU can check, within 10 minutes and without a network: build, GPU tests, memory
-# and race checks of the kernels, and their bandwidth beside that of a copy.
+# Everything that only a machine with a GPU can check, without a network; each call takes at most 10 minutes.
 #
-#   scripts/gpu_check.sh          results under ${OUT:-build/gpu_check}: <step>.log, <step>.rc, and summary.txt
+#   scripts/gpu_check.sh          build, GPU tests, memory and race checks of the kernels
+#   scripts/gpu_check.sh bench    build, then the benchmarks: ops beside a copy, steps of four networks, statistics
 #
+# Results under ${OUT:-build/gpu_check}: <step>.log, <step>.rc, summary.txt, and <benchmark>.json.
 # A step that fails does not stop the others. The exit code is the number of steps that failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -69,66 +70,25 @@ sanitize() {
     "$PYTHON" -m pytest -p no:cacheprovider -m gpu -k "$2" tests/ops
 }
 
-bandwidth() {
-  "$PYTHON" - <<'PY'
-import torch
-
-from mnp_fast.ops import available, force_backend, masked_affine
-
-backward = torch.ops.mnp_fast.masked_affine_backward.default
-
-
-def gigabytes_per_second(call, moved):
-    for _ in range(5):
-        call()
-    times = []
-    for _ in range(30):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return moved / sorted(times)[len(times) // 2] / 1e9
-
-
-backends = available("masked_affine", torch.device("cuda"), torch.float32)
-print(torch.cuda.get_device_name(), "GB/s, share of a copy; backends:", *backends)
-for shape in ((32, 256, 56, 56), (64, 2048, 7, 7), (32, 64, 112, 112)):
-    for dtype in (torch.float32, torch.bfloat16):
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(shape, device="cuda", dtype=dtype).to(memory_format=memory_format)
-            y, grad = torch.randn_like(x), torch.randn_like(x)
-            vectors = [torch.rand(shape[1], device="cuda") for _ in range(4)]
-            size = x.numel() * x.element_size()
-            copy = gigabytes_per_second(lambda: y.copy_(x), 2 * size)
-            print(shape, dtype, memory_format, f"copy {copy:.0f}")
-            for backend in backends:
-                with torch.no_grad(), force_backend(backend):
-                    rows = {
-                        "forward": (lambda: masked_affine(x, *vectors), 2),
-                        "forward residual relu": (lambda: masked_affine(x, *vectors, y, act="relu"), 3),
-                        "backward": (lambda: backward(grad, x, None, *vectors, 1, "none", True, False), 3),
-                        "backward relu": (lambda: backward(grad, x, None, *vectors, 1, "relu", True, False), 3),
-                        "backward residual relu": (lambda: backward(grad, x, y, *vectors, 1, "relu", True, True), 5),
-                    }
-                    for name, (call, passes) in rows.items():
-                        rate = gigabytes_per_second(call, passes * size)
-                        print(f"  {backend:<10}{name:<24}{rate:7.0f} {rate / copy:6.2f}")
-PY
-}
-
 export PYTHON
-export -f machine build gpu_tests sanitize bandwidth
+export -f machine build gpu_tests sanitize
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 step machine 40 bash -c machine
 step build 150 bash -c build
 step diagnosis 40 "$PYTHON" -m mnp_fast
-step gpu_tests 150 bash -c gpu_tests
-step memcheck 90 bash -c "sanitize memcheck 'matches and gpu-cuda'"
-step racecheck 60 bash -c "sanitize racecheck 'matches and gpu-cuda-torch.float32'"
-step bandwidth 60 bash -c bandwidth
+if [ "${1:-check}" = bench ]; then
+  step ops 120 "$PYTHON" -m benchmarks.ops --device cuda --json "$OUT/ops.json"
+  step resnet50 130 "$PYTHON" -m benchmarks.step --device cuda --arch resnet50 --batch 64 --json "$OUT/step.json"
+  step resnet18 90 "$PYTHON" -m benchmarks.step --device cuda --arch resnet18 --size 32 --batch 128 --json "$OUT/step.json"
+  step vit 130 "$PYTHON" -m benchmarks.step --device cuda --arch timm/vit_base_patch16_224 --batch 64 \
+    --json "$OUT/step.json"
+  step stats 60 "$PYTHON" -m benchmarks.stats --device cuda --arch resnet50 --batch 8 --json "$OUT/stats.json"
+else
+  step gpu_tests 150 bash -c gpu_tests
+  step memcheck 90 bash -c "sanitize memcheck 'matches and gpu-cuda'"
+  step racecheck 60 bash -c "sanitize racecheck 'matches and gpu-cuda-torch.float32'"
+fi
 
 echo "failed steps: $failed" | tee -a "$OUT/summary.txt"
 exit "$failed"
