@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from mnp_fast import workers
 from mnp_fast.data import logits_of
 from mnp_fast.frozen import FrozenConv2d, FrozenLinear, attention
-from mnp_fast.ops import masked_act, masked_affine, masked_batch_norm
+from mnp_fast.ops import masked_act, masked_affine, masked_batch_norm, samples
 from mnp_fast.sites import Site, columns, total_neurons, undisturbed
 
 aten = torch.ops.aten
@@ -192,7 +192,7 @@ def program(
     *,
     batch_statistics: bool,
     dtype: torch.dtype | None,
-) -> Callable[[Tensor], Tensor]:
+) -> Program:
     """A function of images that runs the trace with the weights of ``model``; returns logits (b, classes).
 
     mask: (total_neurons(sites),) float32, read in every call; None for no masks and trainable weights. With a mask
@@ -221,6 +221,7 @@ class _Rewriter:
         self.graph.output(output[0])
         self.nodes = {old.name: new for old, new in values.items()}
         self.sites, self.mask, self.batch_statistics = sites, mask, batch_statistics
+        self.meet = batch_statistics  # pictures, in the statistics of a batch
         self.views = threading.local()  # of the mask, in the forward that runs in this thread
         self.dtype = dtype or torch.float32
         self.low = dtype is not None
@@ -236,7 +237,7 @@ class _Rewriter:
         for name, constant in (captured.constants or {}).items():
             self._attribute(self.nodes[name], constant)
 
-    def run(self) -> Callable[[Tensor], Tensor]:
+    def run(self) -> Program:
         self._simplify()
         normalised: dict[fx.Node, int | None] = {}
         for i, places in enumerate(self.captured.places if self.mask is not None else ()):
@@ -261,18 +262,14 @@ class _Rewriter:
         module.graph.eliminate_dead_code()
         module.recompile()
         device = next(iter(self.values.values())).device.type
-        return _Program(
+        return Program(
             module,
             self.views,
             [site.neurons for site in self.sites],
             self.mask,
             device,
             self.dtype if self.low else None,
-            # With weight gradients it costs more than it gives: ResNet-50, batch 8, 820 ms a step against 470 ms.
-            apart=device == "cpu"
-            and self.mask is not None
-            and not self.batch_statistics
-            and self.captured.batch is None,
+            independent=not self.meet and self.captured.batch is None,
         )
 
     # ------------------------------------------------------------ nodes and what they stand for
@@ -377,6 +374,7 @@ class _Rewriter:
         _, weight, bias, mean, var, _, _, eps, _ = node.args
         gamma, beta, running_mean, running_var = (self._value(v) for v in (weight, bias, mean, var))
         batch = self.batch_statistics or running_mean is None
+        self.meet = self.meet or batch
         if gamma is None or beta is None or (running_var is None and not batch):
             if batch:
                 node.args = (*node.args[:3], None, None, True, *node.args[6:])
@@ -442,8 +440,12 @@ def products_in(dtype: torch.dtype | None, device: str) -> AbstractContextManage
     return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
-class _Program:
-    """``apart``: no picture's logits depend on another picture, and any number of them can be given."""
+class Program:
+    """A trace with the weights of a model, as a function of images.
+
+    module: what runs; views.of: the masks of the sites, in the thread that runs. independent: no picture's logits
+    depend on another picture, and any number of them from two on can be given.
+    """
 
     def __init__(
         self,
@@ -453,14 +455,13 @@ class _Program:
         mask: Tensor | None,
         device: str,
         dtype: torch.dtype | None,
-        apart: bool,
+        independent: bool,
     ) -> None:
         self.module, self.views, self.sizes, self.mask = module, views, sizes, mask
-        self.device, self.dtype, self.apart = device, dtype, apart
+        self.device, self.dtype, self.independent = device, dtype, independent
 
     def __call__(self, images: Tensor) -> Tensor:
-        # A trace needs two pictures.
-        parts = min(workers.threads(), len(images) // 2) if self.apart else 1
+        parts = self.parts(images)
         if parts < 2 or self.mask is None:
             return self.run(images, self.mask)
         chunks = images.tensor_split(parts)
@@ -469,10 +470,17 @@ class _Program:
             return logits
         return torch.cat(workers.side_by_side([partial(self.run, chunk, self.mask) for chunk in chunks]))
 
+    def parts(self, images: Tensor) -> int:
+        """How many chunks of these images run side by side. A trace needs two pictures."""
+        # With weight gradients it costs more than it gives: ResNet-50, batch 8, 820 ms a step against 470 ms.
+        apart = self.independent and self.device == "cpu" and self.mask is not None
+        return min(workers.threads(), len(images) // 2) if apart else 1
+
     def run(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """Logits of the images in this thread alone."""
         if mask is not None:
             # One split a forward: its backward is one cat, and the gradient of the mask is one tensor.
-            self.views.of = mask.split(self.sizes)
+            self.views.of = samples.split(mask, self.sizes)
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         with products_in(self.dtype, self.device):
@@ -484,7 +492,7 @@ class _Apart(torch.autograd.Function):
     """Forward and backward of several chunks of pictures side by side."""
 
     @staticmethod
-    def forward(ctx: Any, whole: _Program, chunks: Sequence[Tensor], mask: Tensor) -> Tensor:
+    def forward(ctx: Any, whole: Program, chunks: Sequence[Tensor], mask: Tensor) -> Tensor:
         def piece(chunk: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 own = mask.detach().requires_grad_()
@@ -527,7 +535,7 @@ class _Affine(nn.Module):
         self.act, self.channel_dim, self.repeat = act, channel_dim, repeat
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        mask = self.mask() if self.repeat == 1 else self.mask().repeat_interleave(self.repeat)
+        mask = samples.repeated(self.mask(), self.repeat)
         if residual is not None and residual.dtype != x.dtype:
             residual = residual.to(x.dtype)
         return masked_affine(x, mask, *self.vectors, residual, channel_dim=self.channel_dim, act=self.act)
