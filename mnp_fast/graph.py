@@ -119,7 +119,9 @@ def capture(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Capture
         return Captured(reason)
     batch = size if isinstance(size, int) else None
     captured = Captured(None, tuple(example.shape[1:]), batch, graph, names, constants, places)
-    reason = _trial(captured, model, sites, example[:2])
+    # Another number than that of the trace: len(images) in a forward leaves the traced number in it.
+    trial = example[:2] if batch is not None else torch.cat([example[:2], example[:1]])
+    reason = _trial(captured, model, sites, trial)
     return captured if reason is None else Captured(reason)
 
 
@@ -192,17 +194,19 @@ def program(
     *,
     batch_statistics: bool,
     dtype: torch.dtype | None,
+    packed: bool = True,
 ) -> Program:
     """A function of images that runs the trace with the weights of ``model``; returns logits (b, classes).
 
     mask: (total_neurons(sites),) float32, read in every call; None for no masks and trainable weights. With a mask
     every weight is taken as it is now. dtype: that of products (convolutions, linear layers, attention),
-    torch.bfloat16 or None for float32. On a CPU pictures that do not depend on each other are shared out to one thread
+    torch.bfloat16 or None for float32. packed: False where it is run once or twice, which does not repay putting the
+    weights of convolutions into oneDNN's order. On a CPU pictures that do not depend on each other are shared out to one thread
     a core.
     """
     assert captured.graph is not None
     assert captured.names is not None
-    return _Rewriter(captured, model, sites, mask, batch_statistics, dtype).run()
+    return _Rewriter(captured, model, sites, mask, batch_statistics, dtype, packed).run()
 
 
 class _Rewriter:
@@ -214,6 +218,7 @@ class _Rewriter:
         mask: Tensor | None,
         batch_statistics: bool,
         dtype: torch.dtype | None,
+        packed: bool,
     ) -> None:
         self.graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
@@ -225,6 +230,7 @@ class _Rewriter:
         self.views = threading.local()  # of the mask, in the forward that runs in this thread
         self.dtype = dtype or torch.float32
         self.low = dtype is not None
+        self.packed = packed
         self.root: dict[str, Any] = {}
         self.values: dict[fx.Node, Tensor] = {}  # what weight nodes stand for
         self.captured = captured
@@ -411,7 +417,9 @@ class _Rewriter:
         key = (node.target, id(weight), id(bias), *rest)
         if key not in self.modules:
             kind = FrozenConv2d if node.target == aten.conv2d.default else FrozenLinear
-            self.modules[key] = kind(weight.to(self.dtype), bias, *rest)
+            self.modules[key] = frozen = kind(weight.to(self.dtype), bias, *rest)
+            if isinstance(frozen, FrozenConv2d):
+                frozen.packs = frozen.packs and self.packed
         self._replace(node, self._call(node, self.modules[key], node.args[0]))
 
 

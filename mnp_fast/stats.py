@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from mnp_fast.graph import Program, capture, program
 from mnp_fast.masked import MODULES, Execution, masked
 from mnp_fast.memory import kept
 from mnp_fast.ops import samples
-from mnp_fast.sites import Site, Source, site_parameter, total_neurons
+from mnp_fast.sites import Site, Source, site_parameter, total_neurons, undisturbed
 from mnp_fast.walk import Walk
 
 _BUDGET = 256 << 20
@@ -100,8 +102,8 @@ def saliency(
     """
     _check_labels(images, labels)
     mask = torch.ones(total_neurons(sites), device=images.device, requires_grad=True)
-    with kept(), torch.enable_grad(), masked(model, sites, mask, how=Execution(dtype=how.dtype)) as net:
-        run = _program(model, sites, images, how)
+    with _under(model, sites, mask, how, gradients=True) as net:
+        run = _program(model, sites, images, how, packed=False)
         passes: list[_Pass] = []
         if run is not None and run.independent:
             parts = run.parts(images)
@@ -152,7 +154,7 @@ class _Pass:
             elif (together := order(number)) is None or len(rows) % self.pictures:
                 return None
             else:
-                total += rows.unflatten(0, (self.pictures, -1) if together else (-1, self.pictures)).sum(together)
+                total += rows.unflatten(0, (self.pictures, -1) if together else (-1, self.pictures)).sum(int(together))
         return total
 
 
@@ -214,8 +216,8 @@ def exact_saliency(
         how = Execution(capture(model, sites, images))
     mask = torch.ones(total, device=images.device)
     chosen, places = neurons.to(images.device).unique(return_inverse=True)
-    with kept(), torch.no_grad(), masked(model, sites, mask, how=Execution(dtype=how.dtype)) as net:
-        run = _program(model, sites, images, how)
+    with kept(), _under(model, sites, mask, how, gradients=False) as net:
+        run = _program(model, sites, images, how, packed=True)
         if run is not None and run.independent:
             changes = _removed(run, sites, images, labels, chosen)
         else:
@@ -252,12 +254,24 @@ def _removed(run: Program, sites: Sequence[Site], images: Tensor, labels: Tensor
     return changes / len(images)
 
 
-def _program(model: nn.Module, sites: Sequence[Site], images: Tensor, how: Execution) -> Program | None:
+@contextmanager
+def _under(
+    model: nn.Module, sites: Sequence[Site], mask: Tensor, how: Execution, *, gradients: bool
+) -> Iterator[Callable[[Tensor], Any]]:
+    """The model by its modules under the mask, as it was after."""
+    modules = Execution(dtype=how.dtype)
+    with undisturbed(model), torch.set_grad_enabled(gradients), masked(model, sites, mask, how=modules):
+        yield model
+
+
+def _program(
+    model: nn.Module, sites: Sequence[Site], images: Tensor, how: Execution, *, packed: bool
+) -> Program | None:
     """The captured trace with the model's weights, where it stands for these images."""
     if how.captured is None or not how.captured.takes(images):
         return None
     ones = torch.ones(total_neurons(sites), device=images.device)
-    return program(how.captured, model, sites, ones, batch_statistics=False, dtype=how.dtype)
+    return program(how.captured, model, sites, ones, batch_statistics=False, dtype=how.dtype, packed=packed)
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class Folded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu_(self.stem(x))  # (b, 8, 4, 4)
-        b = len(x)
+        b = x.shape[0]
         x = torch.cat([self.token.expand(b, -1, -1), x.flatten(2).transpose(1, 2)], 1)  # (b, 17, 8)
         x = self.outer(x.transpose(0, 1)).transpose(0, 1)[:, 1:]
         x = self.windows(x.reshape(b * 4, 4, 8)).view(b, 16, 8)
@@ -129,7 +129,24 @@ class TrainedStatistics(nn.Module):
 
 
 class Aliased(nn.Module):
-    """A value changed in place under another name, and one that no picture can be told in."""
+    """A value that is changed in place under another name, behind a site that it does not belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        half = 0.5 * x
+        flat = half.flatten(2)
+        y = self.second(torch.tanh(x))
+        flat += 0.5
+        return self.head(y.mean((2, 3)) + half.square().mean((2, 3)))
+
+
+class Thresholds(nn.Module):
+    """A value that no picture can be told in, and pictures' sizes in numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,15 +155,26 @@ class Aliased(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.first(x))
-        flat = x.flatten(2)
         top = x > 0.1
-        y = self.second(x)
-        flat += 0.5
-        return self.head((y * top[:, :, 1:-1, 1:-1]).mean((2, 3)) + x.mean((2, 3)))
+        y = self.second(x) * top[:, :, 1:-1, 1:-1]
+        return self.head(y.flatten(2).transpose(1, 2).reshape(x.shape[0] * 16, 6).view(x.shape[0], 16, 6).sum(1))
 
 
-OWN = {"stranger": Stranger, "folded": Folded, "batch statistics": TrainedStatistics, "aliased": Aliased}
-ALL = [*OWN, "elu vgg", "resnet20, padded shortcuts", "torchvision vit_b_16", "torchvision swin_t", "timm convnext_tiny"]
+OWN = {
+    "stranger": Stranger,
+    "folded": Folded,
+    "batch statistics": TrainedStatistics,
+    "aliased": Aliased,
+    "thresholds": Thresholds,
+}
+ALL = [
+    *OWN,
+    "elu vgg",
+    "resnet20, padded shortcuts",
+    "torchvision vit_b_16",
+    "torchvision swin_t",
+    "timm convnext_tiny",
+]
 
 
 def found(name: str, count: int = 5) -> tuple[nn.Module, tuple[Site, ...], Tensor, Tensor]:
@@ -190,8 +218,8 @@ def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
 def test_saliency_is_that_of_each_picture(name: str) -> None:
     model, sites, images, labels = found(name)
     gradients = by_picture(model, sites, images, labels)
-    before = snapshot(model)
     captured = capture(model, sites, images)
+    before = snapshot(model)
     assert captured.reason is None
     for how in (MODULES, Execution(captured)):
         with torch.no_grad():
@@ -199,3 +227,41 @@ def test_saliency_is_that_of_each_picture(name: str) -> None:
         near(taylor, gradients.mean(0), 1e-3)
         near(fisher, gradients.square().mean(0), 1e-3)
     assert snapshot(model) == before
+
+
+@torch.no_grad()
+def by_removal(model: nn.Module, sites: Any, images: Tensor, labels: Tensor, neurons: Tensor) -> Tensor:
+    """The change of the loss of copies whose weights are zero."""
+
+    def loss(net: nn.Module) -> Tensor:
+        return F.cross_entropy(logits(net(images)).double(), labels)
+
+    changes = []
+    for neuron in neurons.tolist():
+        keep = torch.ones(total_neurons(sites), dtype=torch.bool)
+        keep[neuron] = False
+        pruned = copy.deepcopy(model)
+        prune_(pruned, sites, keep)
+        changes.append(loss(pruned) - loss(model))
+    return torch.stack(changes).float()
+
+
+def spread(sites: Any, each: int) -> Tensor:
+    """``each`` neurons of every site, in no order, the first twice."""
+    generator = torch.Generator().manual_seed(2)
+    parts = [site.offset + torch.randperm(site.neurons, generator=generator)[:each] for site in sites]
+    chosen = torch.cat([*parts, parts[0][:1]])
+    return chosen[torch.randperm(len(chosen), generator=generator)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_exact_saliency_is_that_of_each_removal(name: str) -> None:
+    model, sites, images, labels = found(name)
+    neurons = spread(sites, 3 if name in OWN else 1)
+    if name not in OWN:
+        neurons = neurons[:8]
+    expected = by_removal(model, sites, images, labels, neurons)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    near(exact_saliency(model, sites, images, labels, neurons), expected, 1e-3)
+    near(exact_saliency(model, sites, images, labels, neurons, how=MODULES), expected, 1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
