@@ -3,9 +3,10 @@
     python -m benchmarks.stats [--arch NAME ...] [--batch N] [--neurons 256] [--device cpu|cuda] [--json [FILE]]
 
 saliency: first-order saliency of all neurons, against one forward and backward of the loss under masks. exact: change
-of the loss without each of --neurons neurons, against the loop that masks one neuron, runs, and measures. magnitude:
-L1, L2 and largest weight of every output channel of the network, against torch calls layer by layer. All in float32.
-A statistic that this version lacks is left out. The exit status is 1 where a result differs from the reference.
+of the loss without each of --neurons neurons, against the loop that masks one neuron, runs, and measures; both on a
+trace that is captured before. magnitude: L1, L2 and largest weight of every output channel of the network, against
+torch calls layer by layer, left out where this version has no such op. All in float32. The exit status is 1 where a
+result differs from the reference.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from benchmarks.providers import frozen, in_channels_last, split
 from benchmarks.tables import console, number, ratio, table, verdict
 from benchmarks.timing import interleaved, summary
 from mnp_fast import ops as _ops
-from mnp_fast import stats as _stats
 from mnp_fast.data import logits_of
+from mnp_fast.graph import capture
+from mnp_fast.masked import Execution
+from mnp_fast.stats import exact_saliency, saliency
 
 Row = dict[str, Any]
 
-# Without types: a version may lack some of what is asked of them.
+# Without types: a version may lack what is asked of it.
 ops: Any = _ops
-stats: Any = _stats
 
 TOLERANCE = 1e-3
 """L2 norm of the difference over that of the reference."""
@@ -78,8 +80,7 @@ def main() -> int:
 
 def missing() -> list[str]:
     """Statistics that are not there."""
-    wanted = [(stats, "saliency"), (stats, "exact_saliency"), (ops, "channel_magnitude")]
-    return [f"{module.__name__}.{name}" for module, name in wanted if not hasattr(module, name)]
+    return [f"{ops.__name__}.{name}" for name in ("channel_magnitude",) if not hasattr(ops, name)]
 
 
 def measure(work: Workload, neurons: int, repeats: int) -> list[Row]:
@@ -102,23 +103,22 @@ def measure(work: Workload, neurons: int, repeats: int) -> list[Row]:
 def comparisons(work: Workload, neurons: int) -> Iterator[Comparison]:
     """Those that this version has."""
     model, sites, images, labels = work.model, work.sites, work.images, work.labels
-    if hasattr(stats, "saliency"):
-        yield Comparison(
-            "saliency",
-            {"tuned_eager": _one_backward(work), "mnp_fast": lambda: stats.saliency(model, sites, images, labels)},
-            lambda: _saliency_error(work),
-        )
-    if hasattr(stats, "exact_saliency"):
-        # Spread over all layers.
-        total = len(work.mask)
-        chosen = torch.linspace(0, total - 1, min(neurons, total), device=images.device).long()
-        calls = {
-            "tuned_eager": lambda: plain_loop(work, chosen),
-            "mnp_fast": lambda: stats.exact_saliency(model, sites, images, labels, chosen),
-        }
-        yield Comparison(
-            f"exact saliency of {len(chosen)}", calls, lambda: _error(calls["mnp_fast"](), calls["tuned_eager"]())
-        )
+    how = Execution(capture(model, sites, images))
+    yield Comparison(
+        "saliency",
+        {"tuned_eager": _one_backward(work), "mnp_fast": lambda: saliency(model, sites, images, labels, how=how)},
+        lambda: _saliency_error(work, how),
+    )
+    # Spread over all layers.
+    total = len(work.mask)
+    chosen = torch.linspace(0, total - 1, min(neurons, total), device=images.device).long()
+    calls = {
+        "tuned_eager": lambda: plain_loop(work, chosen),
+        "mnp_fast": lambda: exact_saliency(model, sites, images, labels, chosen, how=how),
+    }
+    yield Comparison(
+        f"exact saliency of {len(chosen)}", calls, lambda: _error(calls["mnp_fast"](), calls["tuned_eager"]())
+    )
     if hasattr(ops, "channel_magnitude"):
         weights = [p.detach().flatten(1) for p in model.parameters() if p.dim() > 1]
         magnitudes: dict[str, Callable[[], Tensor]] = {
@@ -171,11 +171,11 @@ def plain_magnitude(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat(norms, 1)
 
 
-def _saliency_error(work: Workload) -> float:
-    """Of the Taylor and the Fisher term, against gradients picture by picture; the first up to its sign."""
+def _saliency_error(work: Workload, how: Execution) -> float:
+    """Of the Taylor and the Fisher term, against gradients picture by picture."""
     gradients = _each_gradient(work.model, work)
-    taylor, fisher = stats.saliency(work.model, work.sites, work.images, work.labels)
-    return max(_error(taylor.abs(), gradients.mean(0).abs()), _error(fisher, gradients.square().mean(0)))
+    taylor, fisher = saliency(work.model, work.sites, work.images, work.labels, how=how)
+    return max(_error(taylor, gradients.mean(0)), _error(fisher, gradients.square().mean(0)))
 
 
 def _each_gradient(model: nn.Module, work: Workload) -> Tensor:

@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from mnp_fast import workers
 from mnp_fast.data import logits_of
 from mnp_fast.frozen import FrozenConv2d, FrozenLinear, attention
-from mnp_fast.ops import masked_act, masked_affine, masked_batch_norm, op_masked_affine
+from mnp_fast.ops import masked_act, masked_affine, masked_batch_norm, op_masked_affine, samples
 from mnp_fast.sites import Site, columns, total_neurons, undisturbed
 
 aten = torch.ops.aten
@@ -121,7 +121,9 @@ def capture(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Capture
         return Captured(reason)
     batch = size if isinstance(size, int) else None
     captured = Captured(None, tuple(example.shape[1:]), batch, graph, names, constants, places)
-    reason = _trial(captured, model, sites, example[:2])
+    # Another number than that of the trace: len(images) in a forward leaves the traced number in it.
+    trial = example[:2] if batch is not None else torch.cat([example[:2], example[:1]])
+    reason = _trial(captured, model, sites, trial)
     return captured if reason is None else Captured(reason)
 
 
@@ -202,17 +204,19 @@ def program(
     *,
     batch_statistics: bool,
     dtype: torch.dtype | None,
-) -> Callable[[Tensor], Tensor]:
+    packed: bool = True,
+) -> Program:
     """A function of images that runs the trace with the weights of ``model``; returns logits (b, classes).
 
     mask: (total_neurons(sites),) float32, read in every call; None for no masks and trainable weights. With a mask
     every weight is taken as it is now. dtype: that of products (convolutions, linear layers, attention),
-    torch.bfloat16 or None for float32. On a CPU pictures that do not depend on each other are shared out to one thread
-    a core.
+    torch.bfloat16 or None for float32. packed: False where it is run once or twice, which does not repay putting the
+    weights of convolutions into oneDNN's order. On a CPU pictures that do not depend on each other are shared out to
+    one thread a core.
     """
     assert captured.graph is not None
     assert captured.names is not None
-    return _Rewriter(captured, model, sites, mask, batch_statistics, dtype).run()
+    return _Rewriter(captured, model, sites, mask, batch_statistics, dtype, packed).run()
 
 
 class _Rewriter:
@@ -224,6 +228,7 @@ class _Rewriter:
         mask: Tensor | None,
         batch_statistics: bool,
         dtype: torch.dtype | None,
+        packed: bool,
     ) -> None:
         self.graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
@@ -232,9 +237,11 @@ class _Rewriter:
         self.graph.output(output[0])
         self.nodes = {old.name: new for old, new in values.items()}
         self.sites, self.mask, self.batch_statistics = sites, mask, batch_statistics
+        self.meet = batch_statistics  # pictures, in the statistics of a batch
         self.views = threading.local()  # of the mask, in the forward that runs in this thread
         self.dtype = dtype or torch.float32
         self.low = dtype is not None
+        self.packed = packed
         self.root: dict[str, Any] = {}
         self.values: dict[fx.Node, Tensor] = {}  # what weight nodes stand for
         self.captured = captured
@@ -247,7 +254,7 @@ class _Rewriter:
         for name, constant in (captured.constants or {}).items():
             self._attribute(self.nodes[name], constant)
 
-    def run(self) -> Callable[[Tensor], Tensor]:
+    def run(self) -> Program:
         self._simplify()
         normalised: dict[fx.Node, int | None] = {}
         for i, places in enumerate(self.captured.places if self.mask is not None else ()):
@@ -274,18 +281,14 @@ class _Rewriter:
         module.graph.eliminate_dead_code()
         module.recompile()
         device = next(iter(self.values.values())).device.type
-        return _Program(
+        return Program(
             module,
             self.views,
             [site.neurons for site in self.sites],
             self.mask,
             device,
             self.dtype if self.low else None,
-            # With weight gradients it costs more than it gives: ResNet-50, batch 8, 820 ms a step against 470 ms.
-            apart=device == "cpu"
-            and self.mask is not None
-            and not self.batch_statistics
-            and self.captured.batch is None,
+            independent=not self.meet and self.captured.batch is None,
         )
 
     # ------------------------------------------------------------ nodes and what they stand for
@@ -390,6 +393,7 @@ class _Rewriter:
         _, weight, bias, mean, var, _, _, eps, _ = node.args
         gamma, beta, running_mean, running_var = (self._value(v) for v in (weight, bias, mean, var))
         batch = self.batch_statistics or running_mean is None
+        self.meet = self.meet or batch
         if gamma is None or beta is None or (running_var is None and not batch):
             if batch:
                 node.args = (*node.args[:3], None, None, True, *node.args[6:])
@@ -426,7 +430,9 @@ class _Rewriter:
         key = (node.target, id(weight), id(bias), *rest)
         if key not in self.modules:
             kind = FrozenConv2d if node.target == aten.conv2d.default else FrozenLinear
-            self.modules[key] = kind(weight.to(self.dtype), bias, *rest)
+            self.modules[key] = frozen = kind(weight.to(self.dtype), bias, *rest)
+            if isinstance(frozen, FrozenConv2d):
+                frozen.packs = frozen.packs and self.packed
         self._replace(node, self._call(node, self.modules[key], node.args[0]))
 
     def _join(self, node: fx.Node) -> None:
@@ -468,8 +474,12 @@ def products_in(dtype: torch.dtype | None, device: str) -> AbstractContextManage
     return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
-class _Program:
-    """``apart``: no picture's logits depend on another picture, and any number of them can be given."""
+class Program:
+    """A trace with the weights of a model, as a function of images.
+
+    module: what runs; views.of: the masks of the sites, in the thread that runs. independent: no picture's logits
+    depend on another picture, and any number of them from two on can be given.
+    """
 
     def __init__(
         self,
@@ -479,14 +489,13 @@ class _Program:
         mask: Tensor | None,
         device: str,
         dtype: torch.dtype | None,
-        apart: bool,
+        independent: bool,
     ) -> None:
         self.module, self.views, self.sizes, self.mask = module, views, sizes, mask
-        self.device, self.dtype, self.apart = device, dtype, apart
+        self.device, self.dtype, self.independent = device, dtype, independent
 
     def __call__(self, images: Tensor) -> Tensor:
-        # A trace needs two pictures.
-        parts = min(workers.threads(), len(images) // 2) if self.apart else 1
+        parts = self.parts(images)
         if parts < 2 or self.mask is None:
             return self.run(images, self.mask)
         chunks = images.tensor_split(parts)
@@ -495,10 +504,17 @@ class _Program:
             return logits
         return torch.cat(workers.side_by_side([partial(self.run, chunk, self.mask) for chunk in chunks]))
 
+    def parts(self, images: Tensor) -> int:
+        """How many chunks of these images run side by side. A trace needs two pictures."""
+        # With weight gradients it costs more than it gives: ResNet-50, batch 8, 820 ms a step against 470 ms.
+        apart = self.independent and self.device == "cpu" and self.mask is not None
+        return min(workers.threads(), len(images) // 2) if apart else 1
+
     def run(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """Logits of the images in this thread alone."""
         if mask is not None:
             # One split a forward: its backward is one cat, and the gradient of the mask is one tensor.
-            self.views.of = mask.split(self.sizes)
+            self.views.of = samples.split(mask, self.sizes)
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         with products_in(self.dtype, self.device):
@@ -510,7 +526,7 @@ class _Apart(torch.autograd.Function):
     """Forward and backward of several chunks of pictures side by side."""
 
     @staticmethod
-    def forward(ctx: Any, whole: _Program, chunks: Sequence[Tensor], mask: Tensor) -> Tensor:
+    def forward(ctx: Any, whole: Program, chunks: Sequence[Tensor], mask: Tensor) -> Tensor:
         def piece(chunk: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 own = mask.detach().requires_grad_()
@@ -553,7 +569,7 @@ class _Affine(nn.Module):
         self.act, self.channel_dim, self.repeat = act, channel_dim, repeat
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        mask = self.mask() if self.repeat == 1 else self.mask().repeat_interleave(self.repeat)
+        mask = samples.repeated(self.mask(), self.repeat)
         if residual is not None and residual.dtype != x.dtype:
             residual = residual.to(x.dtype)
         return masked_affine(x, mask, *self.vectors, residual, channel_dim=self.channel_dim, act=self.act)

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from mnp_fast.errors import ConfigError
 from mnp_fast.graph import Captured, products_in, program
-from mnp_fast.ops import masked_affine
+from mnp_fast.ops import masked_affine, samples
 from mnp_fast.sites import Site, columns, site_parameter, total_neurons
 
 Views = list[Tensor]
@@ -182,7 +182,7 @@ def _root_forward(
             return run(args[0])
         if mask is not None:
             # One split a forward: its backward is one cat, and the gradient of the mask is one tensor.
-            views[:] = mask.split(sizes)
+            views[:] = samples.split(mask, sizes)
         return modules(*args, **kwargs)
 
     return forward
@@ -257,7 +257,7 @@ def _plain_batch_norm(module: nn.Module) -> bool:
 
 
 def _affine(x: Tensor, mask: Tensor, scale: Tensor, center: Tensor, shift: Tensor, channel_dim: int = 1) -> Tensor:
-    return masked_affine(x, mask.to(scale.dtype), scale, center, shift, channel_dim=channel_dim)
+    return masked_affine(x, samples.cast(mask, scale.dtype), scale, center, shift, channel_dim=channel_dim)
 
 
 def _ones(n: int, weight: Tensor) -> Tensor:
@@ -313,7 +313,8 @@ def _input_forward(site: Site, module: Any, mask: Callable[[], Tensor]) -> Calla
     zeros = torch.zeros_like(ones)
 
     def forward(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return inner(_affine(input, columns(site, mask()), ones, zeros, zeros, channel_dim=-1), *args, **kwargs)
+        vector = samples.repeated(mask(), site.repeat)
+        return inner(_affine(input, vector, ones, zeros, zeros, channel_dim=-1), *args, **kwargs)
 
     return forward
 

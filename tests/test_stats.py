@@ -1,13 +1,21 @@
-"""magnitude, against norms worked out layer by layer."""
+"""Magnitude against norms worked out layer by layer, saliency against autograd and removals one at a time."""
 
 from __future__ import annotations
 
-import torch
-from networks import SMALL, Stranger, make
-from torch import nn
+import copy
+from collections.abc import Iterator
+from typing import Any
 
-from mnp_fast.sites import find_sites, total_neurons
-from mnp_fast.stats import magnitude
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import ARCHITECTURES, SMALL, Stranger, logits, make, randomize, snapshot
+from torch import Tensor, nn
+
+from mnp_fast.graph import capture
+from mnp_fast.masked import MODULES, Execution, masked, prune_
+from mnp_fast.sites import Site, find_sites, total_neurons
+from mnp_fast.stats import exact_saliency, magnitude, saliency
 
 
 def test_magnitude_of_every_kind_of_site() -> None:
@@ -94,3 +102,177 @@ def test_magnitude_of_weights_of_several_dtypes() -> None:
     exact = magnitude(model.float(), sites)
     weights[1].bfloat16()
     torch.testing.assert_close(magnitude(model, sites), exact, rtol=1e-6, atol=0)
+
+
+# ---------------------------------------------------------------- saliency
+class Folded(nn.Module):
+    """Pictures in every place that attention and windows put them: (T, B, C), rows of a batch apart and together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 2, 2)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.outer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=False)
+        self.windows = nn.TransformerEncoderLayer(8, 4, 6, batch_first=True)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(self.stem(x))  # (b, 8, 4, 4)
+        b = x.shape[0]
+        x = torch.cat([self.token.expand(b, -1, -1), x.flatten(2).transpose(1, 2)], 1)  # (b, 17, 8)
+        x = self.outer(x.transpose(0, 1)).transpose(0, 1)[:, 1:]
+        x = self.windows(x.reshape(b * 4, 4, 8)).view(b, 16, 8)
+        return self.head(self.norm(x.transpose(1, 2).unflatten(2, (4, 4))).mean((2, 3)))
+
+
+class TrainedStatistics(nn.Module):
+    """BatchNorm without running statistics: every picture's loss depends on all pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.bn = nn.BatchNorm2d(6, track_running_stats=False)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+
+class Aliased(nn.Module):
+    """A value that is changed in place under another name, behind a site that it does not belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        half = 0.5 * x
+        flat = half.flatten(2)
+        y = self.second(torch.tanh(x))
+        flat += 0.5
+        return self.head(y.mean((2, 3)) + half.square().mean((2, 3)))
+
+
+class Thresholds(nn.Module):
+    """A value that no picture can be told in, and pictures' sizes in numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        top = x > 0.1
+        y = self.second(x) * top[:, :, 1:-1, 1:-1]
+        return self.head(y.flatten(2).transpose(1, 2).reshape(x.shape[0] * 16, 6).view(x.shape[0], 16, 6).sum(1))
+
+
+OWN = {
+    "stranger": Stranger,
+    "folded": Folded,
+    "batch statistics": TrainedStatistics,
+    "aliased": Aliased,
+    "thresholds": Thresholds,
+}
+ALL = [
+    *OWN,
+    "elu vgg",
+    "resnet20, padded shortcuts",
+    "torchvision vit_b_16",
+    "torchvision swin_t",
+    "timm convnext_tiny",
+]
+
+
+def found(name: str, count: int = 5) -> tuple[nn.Module, tuple[Site, ...], Tensor, Tensor]:
+    """(model, sites, pictures, labels)."""
+    if name in OWN:
+        torch.manual_seed(0)
+        model, size = randomize(OWN[name]()).eval(), 8
+    else:
+        model, example = make((ARCHITECTURES | SMALL)[name])
+        size = example.shape[-1]
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, size, size, generator=generator)
+    labels = torch.randint(4, (count,), generator=generator)
+    return model, find_sites(model, images), images, labels
+
+
+def by_picture(model: nn.Module, sites: Any, images: Tensor, labels: Tensor) -> Tensor:
+    """(pictures, neurons): the gradient of every picture's own loss, with the mask on the weights."""
+    mask = torch.ones(total_neurons(sites), requires_grad=True)
+    with masked(model, sites, mask):
+        losses = F.cross_entropy(logits(model(images)), labels, reduction="none")
+        return torch.stack([torch.autograd.grad(loss, mask, retain_graph=True)[0] for loss in losses])
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: Any) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    assert actual.shape == expected.shape
+    assert actual.dtype == torch.float32
+    assert not actual.requires_grad
+    assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_saliency_is_that_of_each_picture(name: str) -> None:
+    model, sites, images, labels = found(name)
+    gradients = by_picture(model, sites, images, labels)
+    captured = capture(model, sites, images)
+    before = snapshot(model)
+    assert captured.reason is None
+    for how in (MODULES, Execution(captured)):
+        with torch.no_grad():
+            taylor, fisher = saliency(model, sites, images, labels, how=how)
+        near(taylor, gradients.mean(0), 1e-3)
+        near(fisher, gradients.square().mean(0), 1e-3)
+    assert snapshot(model) == before
+
+
+@torch.no_grad()
+def by_removal(model: nn.Module, sites: Any, images: Tensor, labels: Tensor, neurons: Tensor) -> Tensor:
+    """The change of the loss of copies whose weights are zero."""
+
+    def loss(net: nn.Module) -> Tensor:
+        return F.cross_entropy(logits(net(images)).double(), labels)
+
+    changes = []
+    for neuron in neurons.tolist():
+        keep = torch.ones(total_neurons(sites), dtype=torch.bool)
+        keep[neuron] = False
+        pruned = copy.deepcopy(model)
+        prune_(pruned, sites, keep)
+        changes.append(loss(pruned) - loss(model))
+    return torch.stack(changes).float()
+
+
+def spread(sites: Any, each: int) -> Tensor:
+    """``each`` neurons of every site, in no order, the first twice."""
+    generator = torch.Generator().manual_seed(2)
+    parts = [site.offset + torch.randperm(site.neurons, generator=generator)[:each] for site in sites]
+    chosen = torch.cat([*parts, parts[0][:1]])
+    return chosen[torch.randperm(len(chosen), generator=generator)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_exact_saliency_is_that_of_each_removal(name: str) -> None:
+    model, sites, images, labels = found(name)
+    neurons = spread(sites, 3 if name in OWN else 1)
+    if name not in OWN:
+        neurons = neurons[:8]
+    expected = by_removal(model, sites, images, labels, neurons)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    near(exact_saliency(model, sites, images, labels, neurons), expected, 1e-3)
+    near(exact_saliency(model, sites, images, labels, neurons, how=MODULES), expected, 1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -2,7 +2,8 @@
 
 Per-sample sums for Taylor saliency and Fisher information: `torch.ops.mnp_fast.masked_act_backward` returns, for every
 sample and channel, `sum_gact` = sum of grad·act(x) over the positions. That is the gradient of the mask sample by
-sample: its mean is the Taylor term, its mean square the Fisher term.
+sample: its mean is the Taylor term, its mean square the Fisher term. A mask that is watched hands it on:
+`mnp_fast.ops.samples`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mnp_fast.ops import registry
 from mnp_fast.ops.checks import check_act, check_tensors
 from mnp_fast.ops.eager import short_way
 from mnp_fast.ops.layout import dense, like
+from mnp_fast.ops.samples import sink_of
 
 # In the order of csrc/act.h.
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu")
@@ -96,6 +98,7 @@ def _backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mask, ctx.channel_dim, ctx.act = inputs
     ctx.save_for_backward(x, mask)
+    ctx.sink = sink_of(mask)
 
 
 def _gradients(run: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,6 +106,8 @@ def _gradients(run: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor 
     x, mask = ctx.saved_tensors
     need_x, need_mask = ctx.needs_input_grad[:2]
     grad_x, sum_gact = run(grad, x, mask, ctx.channel_dim, ctx.act, need_x)
+    if ctx.sink is not None:
+        ctx.sink(x.shape, sum_gact)
     return grad_x if need_x else None, sum_gact.sum(0) if need_mask else None, None, None
 
 

@@ -3,7 +3,7 @@
 Per-sample sums for Taylor saliency and Fisher information: `torch.ops.mnp_fast.masked_affine_backward` returns, for
 every sample and channel, `sum_g` = sum of g' and `sum_gx` = sum of g'·(x - center), g' being the gradient behind the
 activation. `scale * sum_gx` is the gradient of the mask sample by sample: its mean is the Taylor term, its mean square
-the Fisher term.
+the Fisher term. A mask that is watched hands it on: `mnp_fast.ops.samples`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mnp_fast.ops import registry
 from mnp_fast.ops.checks import check_act, check_tensors
 from mnp_fast.ops.eager import short_way
 from mnp_fast.ops.layout import dense, like
+from mnp_fast.ops.samples import sink_of
 
 ACTIVATIONS = ("none", "relu")
 
@@ -184,6 +185,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # The sign behind a relu follows from x alone, unless something was added to it.
     y = output if ctx.act == "relu" and residual is not None else None
     ctx.save_for_backward(x, y, mask, scale, center, shift)
+    ctx.sink = sink_of(mask)
 
 
 def gradients(run: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,6 +196,8 @@ def gradients(run: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor |
     grad_x, grad_residual, sum_g, sum_gx = run(
         grad, x, y, mask, scale, center, shift, ctx.channel_dim, ctx.act, need_x, need_residual and through_relu
     )
+    if ctx.sink is not None:
+        ctx.sink(x.shape, scale * sum_gx)
     total_g = sum_g.sum(0) if need_center or need_shift else None
     total_gx = sum_gx.sum(0) if need_mask or need_scale else None
     return (
