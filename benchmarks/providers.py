@@ -26,7 +26,7 @@ from benchmarks.layers import reference, rewrite, use_batch_statistics_
 from benchmarks.models import Workload
 from mnp_fast import PruneConfig
 from mnp_fast.data import logits_of
-from mnp_fast.graph import capture
+from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked
 from mnp_fast.ops import mask_step_
 from mnp_fast.sites import Site

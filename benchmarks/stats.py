@@ -30,7 +30,7 @@ from benchmarks.tables import console, number, ratio, table, verdict
 from benchmarks.timing import interleaved, summary
 from mnp_fast import ops as _ops
 from mnp_fast.data import logits_of
-from mnp_fast.graph import capture
+from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution
 from mnp_fast.stats import exact_saliency, saliency
 

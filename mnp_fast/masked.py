@@ -20,7 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from mnp_fast.errors import ConfigError
-from mnp_fast.graph import Captured, products_in, program
+from mnp_fast.graph.program import products_in
+from mnp_fast.graph.rewrite import program
+from mnp_fast.graph.trace import Captured
 from mnp_fast.ops import masked_affine, samples
 from mnp_fast.sites import Site, columns, site_parameter, total_neurons
 

@@ -20,7 +20,7 @@ from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
 from mnp_fast.detect import Evidence, verdict, weigh
 from mnp_fast.errors import ConfigError, ModelError
-from mnp_fast.graph import capture
+from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked, prune_
 from mnp_fast.memory import kept
 from mnp_fast.ops.cpu_backend import usable_isas

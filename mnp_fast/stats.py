@@ -17,7 +17,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from mnp_fast import workers
 from mnp_fast.data import logits_of
 from mnp_fast.errors import ConfigError, DataError
-from mnp_fast.graph import Program, capture, program
+from mnp_fast.graph.capture import capture
+from mnp_fast.graph.program import Program
+from mnp_fast.graph.rewrite import program
 from mnp_fast.masked import MODULES, Execution, masked
 from mnp_fast.memory import kept
 from mnp_fast.ops import channel_magnitude, samples

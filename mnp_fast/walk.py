@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mnp_fast.graph import Program, products_in
+from mnp_fast.graph.program import Program, products_in
 from mnp_fast.sites import Site
 
 Values = dict[fx.Node, Any]

@@ -25,7 +25,7 @@ import mnp_fast
 from benchmarks import digits
 from mnp_fast import ConfigError, DataError, MnpFastError, ModelError, PruneConfig, PruneResult, optimize
 from mnp_fast.data import DefenceSet, collect, logits_of
-from mnp_fast.graph import Captured
+from mnp_fast.graph.trace import Captured
 from mnp_fast.masked import prune_
 from mnp_fast.sites import find_sites
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from networks import ARCHITECTURES, SMALL, Stranger, logits, make, randomize, snapshot
 from torch import Tensor, nn
 
-from mnp_fast.graph import capture
+from mnp_fast.graph.capture import capture
 from mnp_fast.masked import MODULES, Execution, masked, prune_
 from mnp_fast.sites import Site, find_sites, total_neurons
 from mnp_fast.stats import exact_saliency, magnitude, saliency

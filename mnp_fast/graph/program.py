@@ -1,0 +1,98 @@
+"""A rewritten trace as a function of pictures, which are shared out over the cores where they do not meet."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd.function import once_differentiable
+
+from mnp_fast import workers
+from mnp_fast.ops import samples
+
+
+def products_in(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:
+    """Autocast to ``dtype``; with None whatever the caller has set."""
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+class Program:
+    """A trace with the weights of a model, as a function of images.
+
+    module: what runs; views.of: the masks of the sites, in the thread that runs. independent: no picture's logits
+    depend on another picture, and any number of them from two on can be given.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        views: threading.local,
+        sizes: list[int],
+        mask: Tensor | None,
+        device: str,
+        dtype: torch.dtype | None,
+        independent: bool,
+    ) -> None:
+        self.module, self.views, self.sizes, self.mask = module, views, sizes, mask
+        self.device, self.dtype, self.independent = device, dtype, independent
+
+    def __call__(self, images: Tensor) -> Tensor:
+        parts = self.parts(images)
+        if parts < 2 or self.mask is None:
+            return self.run(images, self.mask)
+        chunks = images.tensor_split(parts)
+        if torch.is_grad_enabled() and self.mask.requires_grad:
+            logits: Tensor = _Apart.apply(self, chunks, self.mask)
+            return logits
+        return torch.cat(workers.side_by_side([partial(self.run, chunk, self.mask) for chunk in chunks]))
+
+    def parts(self, images: Tensor) -> int:
+        """How many chunks of these images run side by side. A trace needs two pictures."""
+        # With weight gradients it costs more than it gives: ResNet-50, batch 8, 820 ms a step against 470 ms.
+        apart = self.independent and self.device == "cpu" and self.mask is not None
+        return min(workers.threads(), len(images) // 2) if apart else 1
+
+    def run(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """Logits of the images in this thread alone."""
+        if mask is not None:
+            # One split a forward: its backward is one cat, and the gradient of the mask is one tensor.
+            self.views.of = samples.split(mask, self.sizes)
+        if images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with products_in(self.dtype, self.device):
+            logits: Tensor = self.module(images)
+        return logits
+
+
+class _Apart(torch.autograd.Function):
+    """Forward and backward of several chunks of pictures side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Program, chunks: Sequence[Tensor], mask: Tensor) -> Tensor:
+        def piece(chunk: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                own = mask.detach().requires_grad_()
+                return whole.run(chunk, own), own
+
+        ctx.parts = workers.side_by_side([partial(piece, chunk) for chunk in chunks])
+        return torch.cat([logits.detach() for logits, _ in ctx.parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        parts, ctx.parts = ctx.parts, None
+
+        def piece(part: tuple[Tensor, Tensor], grad: Tensor) -> Tensor:
+            logits, own = part
+            return torch.autograd.grad(logits, own, grad)[0]
+
+        grads = grad.split([len(logits) for logits, _ in parts])
+        first, *others = workers.side_by_side([partial(piece, *both) for both in zip(parts, grads, strict=True)])
+        for other in others:
+            first += other
+        return None, None, first

@@ -1,0 +1,38 @@
+"""A program takes any number of pictures, on any number of threads, and reads the mask in every call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from levels import close, found, outputs
+
+from mnp_fast.masked import Execution, masked
+from mnp_fast.sites import total_neurons
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 3, 4, 7])
+def test_any_number_of_pictures(pictures: int) -> None:
+    model, images, sites, captured = found("narrow resnet18")
+    images = torch.randn(pictures, *images.shape[1:], generator=torch.Generator().manual_seed(1))
+    expected = outputs(model, sites, images, Execution())
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)  # pictures are shared out over the cores
+        try:
+            given = outputs(model, sites, images, Execution(captured))
+        finally:
+            torch.set_num_threads(before)
+        assert close(given[0], expected[0], 1e-5)
+        assert close(given[1], expected[1], 1e-4)
+
+
+def test_the_mask_may_change_between_forwards() -> None:
+    model, images, sites, captured = found("narrow resnet18")
+    mask = torch.ones(total_neurons(sites))
+    with torch.no_grad(), masked(model, sites, mask, how=Execution(captured)):
+        first = model(images)
+        mask[:16] = 0
+        changed = model(images)
+    assert not torch.equal(first, changed)
+    with torch.no_grad(), masked(model, sites, mask):
+        assert close(changed, model(images), 1e-5)
