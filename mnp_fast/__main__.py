@@ -52,10 +52,11 @@ def _devices() -> Iterator[str]:
 
 
 def _build() -> Iterator[str]:
-    info = native.build_info()
-    if not info:
-        yield "mnp_fast._native is not built: only the reference and Triton can run"
+    problem = native.info_problem()
+    if problem is not None:
+        yield f"{problem}; without it there are no CPU kernels"
         return
+    info = native.build_info()
     yield f"compiler: {info['compiler']}, beside torch {info['torch']}, for torch {info['torch_target']} and newer"
     usable = cpu_backend.usable_isas()
     yield f"CPU instruction sets: built {info['cpu_isas']}; usable here {' '.join(usable)}; best {usable[-1]}"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mnp_fast import settings
 from mnp_fast.ops import native
@@ -54,6 +55,18 @@ def test_kernel_files_share_no_inline_function():
         assert included <= {"cstdint", "cstring", "immintrin.h"}, source
 
 
+@pytest.mark.parametrize(("library", "suffix"), [("mnp_fast_cpu", ""), ("mnp_fast_cuda", "_cuda")])
+def test_the_interface_is_that_of_the_sources(library, suffix):
+    schemas = []
+    for op in ops_of_the_build():
+        source = (ROOT / "csrc" / "torch" / f"{op}{suffix}.cpp").read_text()
+        for definition in re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', source):
+            schemas.append(torch._C.parse_schema(f"{library}::" + "".join(re.findall(r'"([^"]*)"', definition))))
+    assert len(schemas) >= len(ops_of_the_build())
+    found = native.digest(schemas)
+    assert native.INTERFACES[library] == found, f"mnp_fast/ops/native.py: INTERFACES[{library!r}] = {found!r}"
+
+
 @BUILT
 def test_build_information_is_complete():
     info = native.build_info()
@@ -82,8 +95,6 @@ def run_setup(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_setup_finds_the_torch_that_is_used():
-    import torch
-
     done = run_setup(code="print(find_torch())")
     assert done.stdout.strip() == str(Path(torch.__file__).parent), done.stderr
 

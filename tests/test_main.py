@@ -43,7 +43,10 @@ def test_goes_on_past_what_is_broken(monkeypatch, capsys):
 def test_says_what_is_not_built(monkeypatch, capsys, info):
     if info:
         info = {"compiler": "c", "torch": "2", "torch_target": "2.10", "cpu_isas": "scalar", "cuda_archs": ""} | info
-    monkeypatch.setattr(native, "build_info", lambda: info)
+        monkeypatch.setattr(native, "info_problem", lambda: None)
+        monkeypatch.setattr(native, "build_info", lambda: info)
+    else:
+        monkeypatch.setattr(native, "info_module", lambda: None)
     monkeypatch.setattr(diagnosis.cpu_backend, "usable_isas", lambda: ["scalar"])
     assert diagnosis.main() == 0
     assert ("no nvcc was found" if info else "is not built") in capsys.readouterr().out

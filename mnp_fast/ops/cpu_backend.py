@@ -20,9 +20,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on the CPU, not on {device.type}"
     if dtype not in _DTYPES:
         return f"it has float32 and bfloat16 kernels, not {dtype}"
-    if native.info_module() is None:
-        return "the native module mnp_fast._native is not built for this Python"
-    return native.load("mnp_fast_cpu")
+    return native.info_problem() or native.load("mnp_fast_cpu")
 
 
 def usable_isas() -> list[str]:

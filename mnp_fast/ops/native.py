@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -11,16 +13,35 @@ from typing import Any
 import torch
 
 _FOLDER = Path(__file__).resolve().parent.parent
-_REMEDY = "build it with `pip install --no-build-isolation -e .` in the source folder, or install the package again"
+_HOW = "`pip install --no-build-isolation -e .` in the source folder, or install the package again"
+_REMEDY = f"build it with {_HOW}"
+
+INTERFACES = {"mnp_fast_cpu": "d1980805", "mnp_fast_cuda": "e05ceb5f"}
+"""`digest` of the operators that each library must have: a build from before or after these sources has another one."""
+
+_FUNCTIONS = ("build_info", "usable_isas", "isa_code")
+_ENTRIES = ("compiler", "torch", "torch_target", "cpu_isas", "cuda", "cuda_archs", "cuda_reason")
+_outdated: dict[str, str] = {}
 
 
 @cache
 def info_module() -> ModuleType | None:
-    """mnp_fast._native, or None where it is not built."""
+    """mnp_fast._native, or None where it is not built or not for these sources."""
     try:
-        return importlib.import_module("mnp_fast._native")
+        module = importlib.import_module("mnp_fast._native")
     except ImportError:
         return None
+    if all(hasattr(module, name) for name in _FUNCTIONS) and set(_ENTRIES) <= set(module.build_info()):
+        return module
+    _refuse("mnp_fast._native")
+    return None
+
+
+def info_problem() -> str | None:
+    """Why there is no `info_module`, None if there is."""
+    if info_module() is not None:
+        return None
+    return _outdated.get("mnp_fast._native", f"mnp_fast._native is not built for this Python: {_REMEDY}")
 
 
 @cache
@@ -36,7 +57,22 @@ def load(name: str, left_out: str = "") -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} cannot be loaded: {error}"
-    return None
+    schemas = (schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith(f"{name}::"))
+    return None if digest(schemas) == INTERFACES[name] else _refuse(path.name)
+
+
+def digest(schemas: Iterable[torch.FunctionSchema]) -> str:
+    """Eight hexadecimal digits of the operators' names, arguments and numbers of results, in whatever order."""
+    # Not of their text: its form is torch's own, and one library serves many versions of it.
+    lines = [
+        f"{s.name.rpartition('::')[2]}({', '.join(a.name for a in s.arguments)}) -> {len(s.returns)}" for s in schemas
+    ]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:8]
+
+
+def outdated() -> list[str]:
+    """What has been found so far that is built from other sources than these, with the remedy."""
+    return list(_outdated.values())
 
 
 def build_info() -> dict[str, str]:
@@ -44,3 +80,8 @@ def build_info() -> dict[str, str]:
     module = info_module()
     info: dict[str, Any] = {} if module is None else module.build_info()
     return info
+
+
+def _refuse(name: str) -> str:
+    _outdated[name] = f"{name} is built from another version of the sources: rebuild with {_HOW}"
+    return _outdated[name]

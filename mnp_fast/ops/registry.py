@@ -7,6 +7,7 @@ one function for every op that it has, named like the op. It is imported when an
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +17,7 @@ import torch
 
 from mnp_fast import settings
 from mnp_fast.errors import BackendError, ConfigError
+from mnp_fast.ops import native
 
 # Best first: a device has one or two of them. The reference runs everything.
 BACKENDS = ("cuda", "cpu", "triton", "reference")
@@ -94,6 +96,9 @@ def _configured(name: str) -> str:
 def _kernel(op: str, choice: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
     if choice == "auto":
         choice = available(op, device, dtype)[0]
+        for problem in native.outdated():
+            # Python shows equal warnings of one line once.
+            warnings.warn(f"mnp_fast: {problem}; until then other kernels run", RuntimeWarning, stacklevel=1)
     else:
         reason = why_not(choice, op, device, dtype)
         if reason is not None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import types
+import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -58,17 +62,65 @@ def test_automatic_takes_the_cpu_kernels():
     assert available("masked_affine", CPU, torch.bfloat16)[0] == "cpu"
 
 
-def test_unbuilt_library_is_diagnosed_and_falls_back(monkeypatch, tmp_path):
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Libraries and backends are looked for anew, also after the test."""
+    kept = (native.load, native.info_module, registry._kernel)
+    monkeypatch.setattr(native, "_outdated", {})
+    for function in kept:
+        function.cache_clear()
+    yield
+    for function in kept:
+        function.cache_clear()
+
+
+def test_unbuilt_library_is_diagnosed_and_falls_back(monkeypatch, tmp_path, unloaded):
     monkeypatch.setattr(native, "_FOLDER", tmp_path)
-    native.load.cache_clear()
-    registry._kernel.cache_clear()
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert call().shape == (2, 3, 4)
-        with force_backend("cpu"), pytest.raises(BackendError, match="not built"):
-            call()
-    finally:
-        native.load.cache_clear()
-        registry._kernel.cache_clear()
+    with force_backend("cpu"), pytest.raises(BackendError, match="not built"):
+        call()
+
+
+def falls_back_with_a_warning(what: str) -> None:
+    told = rf"{what} is built from another version of the sources: rebuild with `pip install"
+    with pytest.warns(RuntimeWarning, match=told) as warned:
+        assert torch.equal(call(), torch.ones(2, 3, 4))
+    assert len(warned) == 1
+    assert "\n" not in str(warned[0].message)
+    with force_backend("cpu"), pytest.raises(BackendError, match=told):
+        call()
+
+
+@pytest.mark.skipif(not BUILT, reason="the native part is not built")
+def test_library_of_another_version(monkeypatch, unloaded):
+    monkeypatch.setitem(native.INTERFACES, "mnp_fast_cpu", "of today")
+    falls_back_with_a_warning("libmnp_fast_cpu.so")
+
+
+@pytest.mark.parametrize("lacks", ["isa_code", "cuda_reason"])
+def test_native_module_of_another_version(monkeypatch, unloaded, lacks):
+    older = types.ModuleType("mnp_fast._native")
+    info = dict.fromkeys(native._ENTRIES, "")
+    info.pop(lacks, None)
+    parts = {"build_info": lambda: info, "usable_isas": lambda: ["scalar"], "isa_code": lambda name: 0}
+    parts.pop(lacks, None)
+    older.__dict__.update(parts)
+    find = importlib.import_module
+    monkeypatch.setattr(
+        native.importlib, "import_module", lambda name: older if name == "mnp_fast._native" else find(name)
+    )
+    falls_back_with_a_warning("mnp_fast._native")
+
+
+def test_the_digest_is_of_names_arguments_and_results():
+    now = ["a(Tensor x, int n) -> Tensor", "b() -> ()"]
+    longer, renamed = "a(Tensor x, int n) -> (Tensor, Tensor)", "b(int n) -> ()"
+    others = [now[:1], [*now, "c() -> ()"], [now[0], renamed], [longer, now[1]]]
+    digests = [native.digest(torch._C.parse_schema(f"library::{text}") for text in texts) for texts in (now, *others)]
+    assert len(set(digests)) == 1 + len(others)
+    assert native.digest(torch._C.parse_schema(text) for text in reversed(now)) == digests[0]
 
 
 def test_force_backend_ends_with_its_block():
