@@ -108,7 +108,7 @@ def fit_head_(model: nn.Module, images: Tensor, labels: Tensor, strength: float 
 def measure(arch: str, model: nn.Module, data: tuple[Tensor, Tensor], args: argparse.Namespace) -> list[Row]:
     """A row a provider: mnp_fast first, since its steps say how many the others make."""
     device, dtype = next(model.parameters()).device, options.DTYPES[args.dtype]
-    config = PruneConfig(batch_size=args.batch)
+    config = PruneConfig(batch_size=args.batch, precision=args.dtype)
     common = {"arch": arch, "size": data[0].shape[-1], "pictures": len(data[1]), "batch": args.batch}
     common |= {"dtype": args.dtype, "device": device.type, "threads": torch.get_num_threads()}
     start = time.perf_counter()
@@ -118,7 +118,7 @@ def measure(arch: str, model: nn.Module, data: tuple[Tensor, Tensor], args: argp
     learning, held = DefenceSet(*data).split(config.held_back, torch.Generator().manual_seed(0))
     counts = counts_of(result.history, result.suspected_target, learning, config)
     sites = find_sites(model, data[0][:2].to(device))
-    ours: Row = {**common, "provider": "mnp_fast", "computes_in": "float32", "extrapolated": False}
+    ours: Row = {**common, "provider": "mnp_fast", "computes_in": args.dtype, "extrapolated": False}
     ours |= {"stages_s": {name: _seconds(result.history, name) for name in STAGES}}
     if device.type == "cuda":
         ours["peak_mb"] = round(max(entry["peak_mb"] for entry in result.history), 1)
