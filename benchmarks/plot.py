@@ -1,10 +1,10 @@
-"""Figures and the README's tables from the results files.
+"""Figures, and the tables of README.md and docs/speed.md, from the results files.
 
-    python -m benchmarks.plot [--results DIR] [--figures DIR] [--readme FILE] [--no-figures]
+    python -m benchmarks.plot [--results DIR] [--figures DIR] [--page FILE ...] [--no-figures]
 
 Reads <results>/<benchmark>/<environment>.json, draws docs/figures/<benchmark>-<environment>.svg, and replaces what
-stands between <!-- benchmark:NAME --> and <!-- /benchmark --> in the README by the table of that benchmark. Figures
-need matplotlib: pip install 'mnp_fast[plot]'.
+stands between <!-- benchmark:NAME --> and <!-- /benchmark --> in each page by the table of that benchmark; where it
+has no results, what stands there stays. Figures need matplotlib: pip install 'mnp_fast[plot]'.
 """
 
 from __future__ import annotations
@@ -24,30 +24,34 @@ Row = dict[str, Any]
 Content = Mapping[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 COLORS = {"published": "#9a9a9a", "tuned_eager": "#6f9fd8", "torch_compile": "#e0a050", "mnp_fast": "#2f8f4e"}
 _BLOCK = re.compile(r"(<!-- benchmark:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
 
 
 def main() -> int:
-    """Draw, and rewrite the README where it has markers."""
+    """Draw, and rewrite the pages where they have markers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=results_file.FOLDER)
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, action="append", help="repeatable (default: README.md, docs/speed.md)")
     parser.add_argument("--no-figures", action="store_true", help="tables only, without matplotlib")
     args = parser.parse_args()
     out = console()
     found = read(args.results)
     if not found:
         raise SystemExit(f"there are no results under {args.results}: run a benchmark with --json first")
+    by_name = {name: tables(name, contents) for name, contents in found.items()}
+    for page in args.page or PAGES:
+        text = page.read_text()
+        new, names = replace_tables(text, by_name)
+        if new != text:
+            page.write_text(new)
+        out.print(f"tables in {page}: {', '.join(names) or 'no markers of a benchmark that has results'}")
+    # Last: the tables need no matplotlib.
     if not args.no_figures:
         for file in draw(found, args.figures):
             out.print(f"drawn: {file}")
-    text = args.readme.read_text()
-    new, names = replace_tables(text, {name: tables(name, contents) for name, contents in found.items()})
-    if new != text:
-        args.readme.write_text(new)
-    out.print(f"tables in {args.readme}: {', '.join(names) or 'no markers of a benchmark that has results'}")
     return 0
 
 
@@ -121,54 +125,66 @@ def step_table(rows: Sequence[Row]) -> str:
 
 def end_to_end_table(rows: Sequence[Row]) -> str:
     """A line for each network, with the seconds of each stage under each provider."""
-    columns = ["network", "pictures", "provider", "suppress", "masks", "select", "fine-tune", "compile"]
+    columns = [
+        "network",
+        "pictures",
+        "batch",
+        "dtype",
+        "provider",
+        "suppress",
+        "masks",
+        "select",
+        "fine-tune",
+        "compile",
+    ]
     cells = []
-    for (arch, size, pictures, _), by in _groups(rows, "arch", "size", "pictures", "dtype").items():
+    for (arch, size, *others), by in _groups(rows, "arch", "size", "pictures", "batch", "dtype").items():
         for name in PROVIDERS:
             row = by.get(name)
             if row is None:
                 continue
             stages = [number(row["stages_s"][stage]) for stage in ("suppress", "masks", "select", "fine-tune")]
-            total = f"{number(row['seconds'])}{' (extrapolated)' if row['extrapolated'] else ''}"
+            total = f"{_cell(row, 'seconds')}{' (extrapolated)' if row['extrapolated'] else ''}"
             faster = ratio(row, by.get("mnp_fast"), "seconds")
-            cells.append(
-                [f"{arch}, {size}x{size}", str(pictures), name, *stages, number(row["compile_s"]), total, faster]
-            )
+            begin = [f"{arch}, {size}x{size}", *map(str, others), name]
+            cells.append([*begin, *stages, number(row["compile_s"]), total, faster])
     return markdown([*columns, "total, s", "mnp_fast is faster by"], cells)
 
 
 def ops_table(rows: Sequence[Row]) -> str:
-    """A line for each op, dtype and number of threads: median over its largest inputs of each memory order."""
-    columns = ["op", "case", "shape", "memory", "dtype", "threads", "mnp_fast, ms", "of copy", "x plain torch"]
+    """A line for each op, case, memory order and dtype: its largest input, with every number of threads."""
+    threads = sorted({row["threads"] for row in rows})
+    compiled = any(row["provider"] == "torch_compile" for row in rows)
+    columns = ["op", "case", "shape", "memory", "dtype"]
+    for count in threads:
+        at = f", {count} thread{'s' if count > 1 else ''}" if len(threads) > 1 else ""
+        columns += [f"ms{at}", "of copy", "x plain torch", *(["x torch_compile"] if compiled else [])]
     cells = []
-    keys = ("op", "case", "memory", "dtype", "threads")
-    largest: dict[tuple[Any, ...], int] = {}
-    for row in rows:
-        key = tuple(row[name] for name in keys)
-        largest[key] = max(largest.get(key, 0), row["bytes"])
-    kept = [row for row in rows if row["bytes"] == largest[tuple(row[name] for name in keys)]]
-    for _, by in _groups(kept, *keys, "shape").items():
-        ours, plain = by.get("mnp_fast"), by.get("tuned_eager")
-        if ours is None:
-            continue
-        shape = "x".join(map(str, ours["shape"]))
-        cells.append(
-            [
-                *(ours["op"], ours["case"], shape, ours["memory"], ours["dtype"], str(ours["threads"])),
-                *(number(ours["median_ms"]), f"{ours['of_copy']:.2f}", ratio(plain, ours, "median_ms")),
-            ]
-        )
+    for (op, case, memory, dtype), own in _apart(rows, "op", "case", "memory", "dtype").items():
+        # Of equal inputs the first.
+        shape = max(own, key=lambda row: row["bytes"])["shape"]
+        by_threads = _groups([row for row in own if row["shape"] == shape], "threads")
+        line = [op, case, "x".join(map(str, shape)), memory, dtype]
+        for count in threads:
+            by = by_threads.get((count,), {})
+            ours = by.get("mnp_fast")
+            line += [_cell(ours, "median_ms"), number(ours["of_copy"]) if ours else ""]
+            line += [ratio(by.get("tuned_eager"), ours, "median_ms")]
+            line += [ratio(by.get("torch_compile"), ours, "median_ms")] if compiled else []
+        cells.append(line)
     return markdown(columns, cells)
 
 
 def stats_table(rows: Sequence[Row]) -> str:
     """A line for each statistic and network."""
-    columns = ["statistic", "network", "batch", "plain, ms", "mnp_fast, ms", "x plain"]
+    columns = ["statistic", "network", "batch", "plain, ms", "mnp_fast, ms", "x plain", "peak MB: plain", "mnp_fast"]
     cells = []
-    for (quantity, arch, batch), by in _groups(rows, "quantity", "arch", "batch").items():
+    for (quantity, arch, size, batch), by in _groups(rows, "quantity", "arch", "size", "batch").items():
         plain, ours = by.get("tuned_eager"), by.get("mnp_fast")
         times = [_cell(row, "median_ms") for row in (plain, ours)]
-        cells.append([quantity, arch, str(batch), *times, ratio(plain, ours, "median_ms")])
+        peaks = [_cell(row, "peak_mb") for row in (plain, ours)]
+        ahead = ratio(plain, ours, "median_ms")
+        cells.append([quantity, f"{arch}, {size}x{size}", str(batch), *times, ahead, *peaks])
     return markdown(columns, cells)
 
 
@@ -182,11 +198,16 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 
 def _groups(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], dict[str, Row]]:
     """{values of the keys: {provider: row}}, in order of appearance."""
-    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    return {group: {row["provider"]: row for row in own} for group, own in _apart(rows, *keys).items()}
+
+
+def _apart(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """{values of the keys: rows}, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         values = (row[key] for key in keys)
         group = tuple(tuple(value) if isinstance(value, list) else value for value in values)
-        groups.setdefault(group, {})[row["provider"]] = row
+        groups.setdefault(group, []).append(row)
     return groups
 
 

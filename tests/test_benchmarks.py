@@ -1,12 +1,16 @@
-"""The benchmarks: rows complete and right on a tiny network, files, percentiles, counted steps, the README's tables."""
+"""The benchmarks: rows complete and right on a tiny network, files, percentiles, counted steps, tables and figures."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import math
+import re
+import sys
+import types
 from collections import Counter
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -296,7 +300,7 @@ def test_published_stages_run_and_match(full: bool) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- pages and figures
 def test_tables_stand_between_their_markers() -> None:
     text = (
         "a\n<!-- benchmark:step -->\nold\n<!-- /benchmark -->\nb\n<!-- benchmark:other -->\nkept\n<!-- /benchmark -->\n"
@@ -309,22 +313,119 @@ def test_tables_stand_between_their_markers() -> None:
     assert plot.replace_tables(empty, {"step": "x"})[0] == "<!-- benchmark:step -->\nx\n<!-- /benchmark -->"
 
 
+def ops_rows() -> list[dict[str, Any]]:
+    case = next(ops.cases(CPU, torch.float32, 2))
+    small = ops.Case(**{**case.__dict__, "shape": (2, 4, 5, 5), "make": _small_arguments})
+    return ops.measure(small, CPU, repeats=1)
+
+
+def end_to_end_rows() -> list[dict[str, Any]]:
+    stages = dict.fromkeys(end_to_end.STAGES, 1.0)
+    row = {"arch": "a", "size": 32, "pictures": 60, "batch": 16, "dtype": "float32", "provider": "mnp_fast"}
+    row |= {"stages_s": stages, "compile_s": 0.0, "extrapolated": False, "match": True} | end_to_end._total(4.0)
+    return [row | {"provider": "published", "extrapolated": True} | end_to_end._total(10.0), row]
+
+
+def cells(table: str) -> list[list[str]]:
+    """Of the rows of a markdown table, which must be of equal length."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+    return rows[:1] + rows[2:]
+
+
 def test_tables_of_results_files(tmp_path) -> None:
     here = environment("cpu", [2])
     rows = step.measure(tiny(), torch.float32, ["published", "mnp_fast"], repeats=1)
     rows[0] |= {"median_ms": 300.0, "match": False}
     rows[1] |= {"median_ms": 100.0}
     results_file.save(tmp_path / "step" / "here.json", "step", here, rows)
-    case = next(ops.cases(CPU, torch.float32, 2))
-    small = ops.Case(**{**case.__dict__, "shape": (2, 4, 5, 5), "make": _small_arguments})
-    results_file.save(tmp_path / "ops" / "here.json", "ops", here, ops.measure(small, CPU, repeats=1))
     results_file.save(tmp_path / "zoo" / "here.json", "zoo", here, [{"case": "not a table of this kind"}])
     found = plot.read(tmp_path)
-    assert found.keys() == {"step", "ops"}
+    assert found.keys() == {"step"}
     table = plot.tables("step", found["step"])
     assert "2 threads" in table
-    line = next(line for line in table.splitlines() if "SmallNet" in line)
-    assert "300 (mismatch)" in line
-    assert "| 3.00 |" in line
-    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
-    assert "masked_affine backward" in plot.tables("ops", found["ops"])
+    assert len(cells(table)) == 2
+    assert "300 (mismatch)" in table
+    assert "| 3.00 |" in table
+
+
+def test_table_of_ops_has_the_largest_input_and_all_threads() -> None:
+    rows = ops_rows()
+    for row in rows:
+        row |= {"threads": 1, "median_ms": 6.0 if row["provider"] == "tuned_eager" else 2.0, "of_copy": 0.5}
+    smaller = [row | {"shape": [1, 4, 5, 5], "bytes": row["bytes"] // 2, "median_ms": 77.0} for row in rows]
+    two = [row | {"threads": 2, "median_ms": 1.0, "match": False} for row in rows if row["provider"] == "mnp_fast"]
+    head, *lines = cells(plot.ops_table([*smaller, *rows, *two]))
+    assert head[5:] == ["ms, 1 thread", "of copy", "x plain torch", "ms, 2 threads", "of copy", "x plain torch"]
+    assert [line[0] for line in lines] == ["masked_affine forward", "masked_affine backward"]
+    assert lines[0][2] == "2x4x5x5"
+    assert lines[0][5:9] == ["2", "0.5", "3.00", "1 (mismatch)"]
+    compiled = [row | {"provider": "torch_compile", "median_ms": 3.0} for row in rows]
+    head, *lines = cells(plot.ops_table([*rows, *compiled]))
+    assert head[5:] == ["ms", "of copy", "x plain torch", "x torch_compile"]
+    assert lines[0][5:] == ["2", "0.5", "3.00", "1.50"]
+
+
+def test_table_of_statistics_keeps_sizes_apart() -> None:
+    rows = [row | {"median_ms": 4.0} for row in stats.measure(tiny(), 3, 1)]
+    larger = [row | {"size": 99} for row in rows if row["provider"] == "mnp_fast"]
+    _, *lines = cells(plot.stats_table([*rows, *larger]))
+    assert [line[0] for line in lines] == ["saliency", "exact saliency of 3", "magnitude"] * 2
+    assert [line[1] for line in lines] == ["SmallNet, 16x16"] * 3 + ["SmallNet, 99x99"] * 3
+    assert lines[0][3:6] == ["4", "4", "1.00"]
+
+
+def test_table_of_whole_runs() -> None:
+    rows = end_to_end_rows()
+    rows[1]["match"] = False
+    _, *lines = cells(plot.end_to_end_table(rows))
+    assert [line[-2:] for line in lines] == [["10 (extrapolated)", "2.50"], ["4 (mismatch)", "1.00"]]
+
+
+def test_pages_have_a_place_for_every_table() -> None:
+    text = "".join(page.read_text() for page in plot.PAGES)
+    assert sorted(re.findall("<!-- benchmark:(.*) -->", text)) == sorted(plot.TABLES)
+
+
+def test_pages_show_the_committed_rows() -> None:
+    by_name = {name: plot.tables(name, contents) for name, contents in plot.read(results_file.FOLDER).items()}
+    for page in plot.PAGES:
+        assert plot.replace_tables(page.read_text(), by_name)[0] == page.read_text(), "python -m benchmarks.plot"
+
+
+def test_tables_are_written_where_figures_cannot_be_drawn(tmp_path, monkeypatch) -> None:
+    results_file.save(tmp_path / "ops" / "here.json", "ops", environment("cpu", [2]), ops_rows())
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmark:ops -->\n<!-- /benchmark -->\n<!-- benchmark:stats -->\n<!-- /benchmark -->\n")
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    arguments = ["plot", "--results", str(tmp_path), "--page", str(page), "--figures", str(tmp_path / "figures")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="figures need matplotlib"):
+        plot.main()
+    assert "| masked_affine backward |" in page.read_text()
+    assert page.read_text().endswith("<!-- benchmark:stats -->\n<!-- /benchmark -->\n")
+
+
+def test_figures_have_a_bar_for_every_row(tmp_path, monkeypatch) -> None:
+    axes, figure = MagicMock(), MagicMock()
+    pyplot = types.ModuleType("matplotlib.pyplot")
+    pyplot.__dict__.update(rcParams={}, subplots=lambda **_: (figure, axes), close=lambda _: None)
+    package = types.ModuleType("matplotlib")
+    package.pyplot = pyplot  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "matplotlib", package)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
+    content = {"environment": environment("cpu", [2])}
+    found = {
+        "ops": {"here": content | {"rows": ops_rows()}},
+        "end_to_end": {"here": content | {"rows": end_to_end_rows()}},
+    }
+    found["stats"] = {"here": content | {"rows": []}}
+    drawn = plot.draw(found, tmp_path)
+    assert [file.name for file in drawn] == ["ops-here.svg", "end_to_end-here.svg"]
+    assert [call.args[0] for call in figure.savefig.call_args_list] == drawn
+    bars = [(call.kwargs["label"], len(call.args[1])) for call in axes.barh.call_args_list]
+    assert bars == [("tuned_eager", 2), ("mnp_fast", 2), ("published", 1), ("mnp_fast", 1)]
+    for call in axes.barh.call_args_list:
+        below, above = call.kwargs["xerr"]
+        assert min(*below, *above) >= 0
+    assert "published: extrapolated" in axes.set_xlabel.call_args.args[0]
