@@ -38,7 +38,7 @@ from benchmarks.tables import console, number, ratio, table, verdict
 from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
 from mnp_fast.masked import masked
-from mnp_fast.objectives import eliminate_and_preserve
+from mnp_fast.objectives import eliminate, preserve
 from mnp_fast.sites import Site, find_sites
 from mnp_fast.stats import magnitude
 
@@ -163,10 +163,9 @@ def own_check(model: nn.Module, sites: Sequence[Site], learning: DefenceSet, con
     images, labels = next(learning.batches(config.batch_size, device=device))
     mask = torch.ones(sum(site.neurons for site in sites), device=device, requires_grad=True)
     with masked(model, sites, mask, batch_statistics=True):
-        suppressed = logits_of(model(images))
+        loss = eliminate(logits_of(model(images)), labels, config.alpha)
     with masked(model, sites, mask):
-        logits = logits_of(model(images))
-    loss = eliminate_and_preserve(suppressed, logits, labels, config.alpha)
+        loss = loss + preserve(logits_of(model(images)), labels, config.alpha)
     (gradient,) = torch.autograd.grad(loss, mask)
     expected = mask_objective(model, model, sites, images, labels, config.alpha, False)
     return _match(*relative_errors(float(loss.detach()), gradient, *expected), torch.float32)

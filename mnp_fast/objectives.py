@@ -16,15 +16,19 @@ def expose(logits: Tensor, labels: Tensor) -> Tensor:
     return -F.cross_entropy(logits.float(), labels)
 
 
-def eliminate_and_preserve(suppressed_logits: Tensor, logits: Tensor, labels: Tensor, alpha: float) -> Tensor:
-    """Loss of the masks: alpha L(F_m(x; theta_hat), y) + (1 - alpha) L(F_m(x; theta), y).
+def eliminate(suppressed_logits: Tensor, labels: Tensor, alpha: float) -> Tensor:
+    """First term of the loss of the masks, alpha L(F_m(x; theta_hat), y) + (1 - alpha) L(F_m(x; theta), y).
 
-    The first term eliminates (the suppressed model theta_hat gets better where a neuron of the backdoor goes), the
-    second preserves. The weight penalty lambda sum_i m_i M_i is linear in the masks: `mask_step_` adds its gradient.
-    suppressed_logits, logits: (b, classes) floating, both under the same masks; labels: (b,) int64. Returns a scalar.
+    The suppressed model theta_hat gets better where a neuron of the backdoor goes. The weight penalty
+    lambda sum_i m_i M_i is linear in the masks: `mask_step_` adds its gradient. suppressed_logits: (b, classes)
+    floating; labels: (b,) int64. Returns a scalar.
     """
-    suppressed = F.cross_entropy(suppressed_logits.float(), labels)
-    return alpha * suppressed + (1 - alpha) * F.cross_entropy(logits.float(), labels)
+    return alpha * F.cross_entropy(suppressed_logits.float(), labels)
+
+
+def preserve(logits: Tensor, labels: Tensor, alpha: float) -> Tensor:
+    """Second term of that loss: the model itself under the same masks. Shapes as for `eliminate`."""
+    return (1 - alpha) * F.cross_entropy(logits.float(), labels)
 
 
 def repair_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, distillation: float) -> Tensor:

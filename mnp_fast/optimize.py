@@ -13,7 +13,7 @@ from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
 from mnp_fast.errors import ModelError
 from mnp_fast.masked import MODULES, Execution, masked, prune_
-from mnp_fast.objectives import eliminate_and_preserve, expose, repair_loss
+from mnp_fast.objectives import eliminate, expose, preserve, repair_loss
 from mnp_fast.ops import mask_step_
 from mnp_fast.progress import Progress
 from mnp_fast.sites import Site
@@ -116,13 +116,16 @@ def learn_masks(
     with masked(suppressed, sites, mask, batch_statistics=True, how=how), masked(model, sites, mask, how=how):
         for _ in range(config.mask_steps):
             images, labels = next(steps)
-            logits = logits_of(model(images))
-            loss = eliminate_and_preserve(logits_of(suppressed(images)), logits, labels, config.alpha)
+            # One network after the other: what the first has kept for its gradient is gone before the second runs.
+            loss = eliminate(logits_of(suppressed(images)), labels, config.alpha)
             (gradient,) = torch.autograd.grad(loss, mask)
+            logits = logits_of(model(images))
+            preserved = preserve(logits, labels, config.alpha)
+            gradient += torch.autograd.grad(preserved, mask)[0]
             mask_step_(
                 mask, momentum, gradient, magnitude, rate=config.mask_rate, decay=_MOMENTUM, penalty=config.penalty
             )
-            readings.add(loss, logits, labels)
+            readings.add(loss.detach() + preserved, logits, labels)
             progress.update(1, **readings.at_hand())
     trace.loss, trace.accuracy = readings.steps()
     masks = mask.detach()

@@ -254,7 +254,7 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
 
     optimize, prune, select = (importlib.import_module(f"mnp_fast.{name}") for name in ("optimize", "prune", "select"))
     counting(optimize, "expose", "suppress")
-    counting(optimize, "eliminate_and_preserve", "masks")
+    counting(optimize, "eliminate", "masks")
     counting(optimize, "repair_loss", "finetune")
     counting(select, "predictions", lambda network, part, *_: f"select {len(part)}")
     counting(prune, "predict", lambda network, part, *_: f"prune {len(part)}")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnp_fast.objectives import eliminate_and_preserve, expose, repair_loss
+from mnp_fast.objectives import eliminate, expose, preserve, repair_loss
 
 LABELS = torch.tensor([0, 2, 1, 4, 2, 2])
 
@@ -49,7 +49,7 @@ def test_expose_of_an_undecided_model_is_minus_chance() -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_eliminate_and_preserve(alpha: float) -> None:
     suppressed, own = logits(1).requires_grad_(), logits(2).requires_grad_()
-    loss = eliminate_and_preserve(suppressed, own, LABELS, alpha)
+    loss = eliminate(suppressed, LABELS, alpha) + preserve(own, LABELS, alpha)
     assert loss.shape == ()
     close(loss, alpha * cross_entropy(suppressed) + (1 - alpha) * cross_entropy(own))
     loss.backward()
@@ -86,7 +86,8 @@ def test_half_precision_is_computed_in_full() -> None:
     a, b = logits(7).bfloat16(), logits(8).bfloat16()
     pairs = [
         (expose(a, LABELS), expose(a.float(), LABELS)),
-        (eliminate_and_preserve(a, b, LABELS, 0.4), eliminate_and_preserve(a.float(), b.float(), LABELS, 0.4)),
+        (eliminate(a, LABELS, 0.4), eliminate(a.float(), LABELS, 0.4)),
+        (preserve(b, LABELS, 0.4), preserve(b.float(), LABELS, 0.4)),
         (repair_loss(a, b, LABELS, 0.4), repair_loss(a.float(), b.float(), LABELS, 0.4)),
     ]
     for half, full in pairs:
@@ -96,7 +97,8 @@ def test_half_precision_is_computed_in_full() -> None:
 
 def test_confident_and_wrong_stays_finite() -> None:
     x = torch.full((6, 5), -1e4).scatter(1, ((LABELS + 1) % 5)[:, None], 1e4).requires_grad_()
-    for loss in (expose(x, LABELS), eliminate_and_preserve(x, x, LABELS, 0.5), repair_loss(x, -x, LABELS, 0.5)):
+    losses = (expose(x, LABELS), eliminate(x, LABELS, 0.5), preserve(x, LABELS, 0.5), repair_loss(x, -x, LABELS, 0.5))
+    for loss in losses:
         (gradient,) = torch.autograd.grad(loss, x)
         assert bool(loss.isfinite())
         assert bool(gradient.isfinite().all())
