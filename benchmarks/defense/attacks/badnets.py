@@ -18,17 +18,13 @@ class BadNets(Attack):
     size: int = 3
 
     def prepare(self, images: Tensor, labels: Tensor, surrogate: nn.Module | None, generator: torch.Generator) -> None:
-        height, width = images.shape[-2:]
-        patch = checkerboard(self.size)
-        self.tensors = {"keep": torch.ones(1, height, width), "add": torch.zeros(3, height, width)}
-        rows, cols = slice(-1 - self.size, -1), slice(-1 - self.size, -1)
-        self.tensors["keep"][:, rows, cols] = 0
-        self.tensors["add"][:, rows, cols] = patch
+        inside = slice(-1 - self.size, -1)
+        self.tensors = stamp(images, checkerboard(self.size), [(inside, inside)])
 
 
 @dataclass
 class AllToAll(BadNets):
-    """Section 4 of the paper: class i becomes i + 1. ASR is at most what the clean function leaves of it."""
+    """Section 3.1 of the paper: class i becomes i + 1. ASR is at most what the clean function leaves of it."""
 
     rate: float = 0.2
 
@@ -41,6 +37,15 @@ class AllToAll(BadNets):
 
 
 def checkerboard(size: int) -> Tensor:
-    """(size, size) of 0 and 1, the corners 1."""
+    """(size, size) of 0 and 1, the upper left corner 1."""
     steps = torch.arange(size)
     return ((steps[:, None] + steps + 1) % 2).float()
+
+
+def stamp(images: Tensor, patch: Tensor, places: list[tuple[slice, slice]]) -> dict[str, Tensor]:
+    """``keep`` and ``add`` that put `patch`, (s, s) or (3, s, s), at `places` of pictures like `images`."""
+    keep, add = torch.ones(1, *images.shape[-2:]), torch.zeros(3, *images.shape[-2:])
+    for rows, columns in places:
+        keep[:, rows, columns] = 0
+        add[:, rows, columns] = patch
+    return {"keep": keep, "add": add}

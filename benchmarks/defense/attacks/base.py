@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 CLEAN, POISONED, CROSS = 0, 1, 2
@@ -34,7 +32,7 @@ class Attack:
     starts_clean: ClassVar[bool] = False  # training goes on from the clean network's weights
     clean_label: ClassVar[bool] = False
     networks: ClassVar[tuple[str, ...]] = ()  # the only ones that it is made for; empty: any
-    learning_rate: ClassVar[float | None] = None  # where the network's own does not suit
+    learning_scale: ClassVar[float] = 1.0  # times the usual learning rate of the network
 
     def __post_init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
