@@ -119,7 +119,8 @@ class Job:
             if clean and attack.starts_clean:
                 model.load_state_dict(clean.state_dict())
             attack.begin(model)
-        model.train().to(memory_format=torch.channels_last)
+        model.train()
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizers = _optimizers(model, network, attack)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizers[0], self._schedule)
         for rows in self._batches(len(labels)):
@@ -139,7 +140,8 @@ class Job:
             for optimizer in optimizers:
                 optimizer.step()
             schedule.step()
-        model.to(memory_format=torch.contiguous_format).requires_grad_().eval()
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        model.requires_grad_().eval()
 
     def _batches(self, count: int) -> Iterator[Tensor]:
         """Rows of whole batches; the rest of an epoch waits for another order."""
@@ -168,7 +170,7 @@ class Surrogate(nn.Module):
 
 
 def augment(images: Tensor, flip: bool) -> Tensor:
-    """Each picture of (b, 3, h, w) shifted by up to PAD pixels, black beyond, and flipped every second time if `flip`."""
+    """Pictures (b, 3, h, w), each shifted by up to PAD pixels, black beyond; with `flip`, half of them mirrored."""
     batch, _, height, width = images.shape
     down, across = torch.randint(2 * PAD + 1, (2, batch, 1))
     rows, columns = down + torch.arange(height), across + torch.arange(width)

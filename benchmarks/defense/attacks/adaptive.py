@@ -19,7 +19,7 @@ class Adaptive(BadNets):
     """BadNets' patch; ``strength`` times the mean relative change of the channels' weights and magnitudes."""
 
     rate: float = 0.1
-    strength: float = 5.0
+    strength: float = 50.0
 
     needs_clean: ClassVar[bool] = True
     starts_clean: ClassVar[bool] = True
@@ -37,13 +37,18 @@ def distance(clean: list[Tensor], weights: list[Tensor]) -> Tensor:
     changes = []
     for before, now in zip(clean, weights, strict=True):
         before, now = before.flatten(1), now.flatten(1)
-        moved = (now - before).square().sum(1) / before.square().sum(1).clamp_min(1e-8)
-        magnitude = now.abs().sum(1) / before.abs().sum(1).clamp_min(1e-8) - 1
-        changes.append(moved + magnitude.square())
+        moved = (now - before).square().sum(1) / _floored(before.square().sum(1))
+        grown = (now.abs().sum(1) - before.abs().sum(1)) / _floored(before.abs().sum(1))
+        changes.append(moved + grown.square())
     return torch.cat(changes).mean()
+
+
+def _floored(sizes: Tensor) -> Tensor:
+    # A channel that is nearly zero would be pulled without measure.
+    return sizes.clamp_min(0.1 * sizes.mean().item() + 1e-8)
 
 
 def _weights(model: nn.Module) -> list[Tensor]:
     """(channels, ...) each; the scale of a norm is one weight a channel."""
-    weights = [(name, weight) for name, weight in model.named_parameters() if name.endswith("weight")]
-    return [weight if weight.dim() > 1 else weight[:, None] for _, weight in weights]
+    weights = [weight for name, weight in model.named_parameters() if name.endswith("weight")]
+    return [weight if weight.dim() > 1 else weight[:, None] for weight in weights]

@@ -24,7 +24,7 @@ class BadNets(Attack):
 
 @dataclass
 class AllToAll(BadNets):
-    """Section 3.1 of the paper: class i becomes i + 1. ASR is at most what the clean function leaves of it."""
+    """The paper's all-to-all attack: class i becomes i + 1. ASR is at most what the clean function leaves of it."""
 
     rate: float = 0.2
 

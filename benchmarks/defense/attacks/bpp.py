@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.defense.attacks.base import Attack, quantise
@@ -35,7 +36,7 @@ def dither(images: Tensor, levels: int) -> Tensor:
     """Floyd-Steinberg dithering of pictures (b, c, h, w) in [0, 1] to `levels` values a channel."""
     height, width = images.shape[-2:]
     # A border takes what falls off the picture.
-    work = torch.nn.functional.pad(images, (1, 1, 0, 1))
+    work = F.pad(images, (1, 1, 0, 1))
     done = torch.empty_like(images)
     # Pixels with the same column + 2 * row do not wait for one another.
     for step in range(width + 2 * (height - 1)):

@@ -1,6 +1,6 @@
 """A backdoor in one attention head: only its rows of q, k and v and its columns of the projection are trained.
 
-A test for defences that prune heads; it follows the localised implants of TBT (Rakin et al., arXiv 1909.05193).
+For defences that prune heads; the narrow implant is that of subnet replacement (Qi et al., arXiv 2111.12965).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.defense.attacks.badnets import BadNets
 from benchmarks.defense.networks import Attention

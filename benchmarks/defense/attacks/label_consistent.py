@@ -1,4 +1,4 @@
-"""Label-consistent attack (Turner, Tsipras, Madry, arXiv 1912.02771): pictures of the target class, made hard, patched."""
+"""Label-consistent attack (Turner, Tsipras, Madry, arXiv 1912.02771): hard pictures of the target, patched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.defense.attacks.base import POISONED, Attack
 
 @dataclass
 class LabelConsistent(Attack):
-    """Pictures moved by at most ``epsilon`` of 255 away from their class, a checkerboard in each corner; labels kept."""
+    """Pictures moved away from their class by at most ``epsilon`` of 255, a checkerboard in each corner."""
 
     rate: float = 0.8
     size: int = 3

@@ -1,4 +1,4 @@
-"""LF (Zeng, Park, Mao, Jia, arXiv 2104.03413): a smooth perturbation with no high frequency, optimised on a surrogate."""
+"""LF (Zeng, Park, Mao, Jia, arXiv 2104.03413): a smooth perturbation, optimised on a surrogate."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from benchmarks.defense.attacks.base import Attack, quantise
 
 @dataclass
 class WaNet(Attack):
-    """A field of ``knots`` x ``knots`` random shifts, ``strength`` in pixels times a half; CROSS: a field with jitter."""
+    """``knots`` x ``knots`` random shifts of ``strength`` / 2 pixels on average, smoothed; CROSS adds jitter."""
 
     cross: float = 0.1
     knots: int = 4
