@@ -28,6 +28,11 @@ IDENTITY = (
     "dtype",
     "threads",
     "provider",
+    "method",
+    "seed",
+    "shift",
+    "config",
+    "test",
 )
 """What tells rows of one file apart; each benchmark has some of them."""
 
