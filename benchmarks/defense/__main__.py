@@ -1,15 +1,17 @@
-"""Train backdoored networks, for measuring the defence on them.
+"""Train backdoored networks, repair them with each defence, and draw tables of what came out.
 
 python -m benchmarks.defense train --data FILE --attacks badnets sig --networks narrow18 --out DIR
+python -m benchmarks.defense run --models DIR --data NAME=FILE --json ROWS
+python -m benchmarks.defense table ROWS --write
 """
 
 from __future__ import annotations
 
 import argparse
 
-from benchmarks.defense import train
+from benchmarks.defense import run, table, train
 
-COMMANDS = (train,)
+COMMANDS = (train, run, table)
 
 
 def main() -> None:
