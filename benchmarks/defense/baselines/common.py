@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet
-from mnp_fast.graph import capture
+from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, prune_
 from mnp_fast.memory import kept
 from mnp_fast.optimize import suppress_
