@@ -19,7 +19,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -65,12 +65,15 @@ def main() -> int:
         model, size = network(arch, args.size, CLASSES)
         data = pictures(args.pictures, size)
         fit_head_(model, *data)
-        rows = measure(arch, model.to(device), data, args)
+        rows = []
+        for row in measure(arch, model.to(device), data, args):
+            rows.append(row)
+            # At once: the next one may run for many minutes, or into the limits of the machine.
+            if args.json:
+                used = environment(args.device, [args.threads])
+                out.print(f"{row['provider']} written to {results_file.save(args.json, 'end_to_end', used, [row])}")
         out.print(show(rows))
         found += rows
-        if args.json:
-            used = environment(args.device, [args.threads])
-            out.print(f"written to {results_file.save(args.json, 'end_to_end', used, rows)}")
     return 0 if all(row["match"] for row in found) else 1
 
 
@@ -105,7 +108,7 @@ def fit_head_(model: nn.Module, images: Tensor, labels: Tensor, strength: float 
 
 
 # ---------------------------------------------------------------- measuring
-def measure(arch: str, model: nn.Module, data: tuple[Tensor, Tensor], args: argparse.Namespace) -> list[Row]:
+def measure(arch: str, model: nn.Module, data: tuple[Tensor, Tensor], args: argparse.Namespace) -> Iterator[Row]:
     """A row a provider: mnp_fast first, since its steps say how many the others make."""
     device, dtype = next(model.parameters()).device, options.DTYPES[args.dtype]
     config = PruneConfig(batch_size=args.batch, precision=args.dtype)
@@ -123,7 +126,8 @@ def measure(arch: str, model: nn.Module, data: tuple[Tensor, Tensor], args: argp
     if device.type == "cuda":
         ours["peak_mb"] = round(max(entry["peak_mb"] for entry in result.history), 1)
     ours |= _total(seconds) | own_check(model, sites, learning, config)
-    rows = []
+    empty = {"peak_mb": None, "compile_s": 0.0, "steps": asdict(counts)}
+    yield empty | ours
     for name in args.provider or NAMES[:2]:
         narrow = torch.float32 if name == "published" else dtype
         if device.type == "cuda":
@@ -132,14 +136,14 @@ def measure(arch: str, model: nn.Module, data: tuple[Tensor, Tensor], args: argp
             model, sites, magnitude(model, sites), learning, held, config, narrow, compiled=name == "torch_compile"
         )
         row = {**common, "provider": name, "computes_in": str(narrow).removeprefix("torch.")}
-        rows.append(row | run(stages, counts, args.repeats, full=args.full))
+        row = empty | row | run(stages, counts, args.repeats, full=args.full)
         if device.type == "cuda":
-            rows[-1]["peak_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+            row["peak_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+        yield row
         # Its networks must not stand in the memory of the next.
         del stages
         gc.collect()
         torch.compiler.reset()
-    return [{"peak_mb": None, "compile_s": 0.0, "steps": asdict(counts)} | row for row in (*rows, ours)]
 
 
 def run(stages: Stages, counts: Counts, sample: int, *, full: bool) -> Row:

@@ -66,15 +66,18 @@ def main() -> int:
     found = []
     for arch in args.arch or ["resnet18"]:
         work = workload(arch, args.batch, device, args.size)
-        rows = measure(work, args.neurons, args.repeats)
+        rows = []
+        for part in measure(work, args.neurons, args.repeats):
+            rows += part
+            # At once: the next statistic may run for many minutes.
+            if args.json:
+                used = environment(args.device, [args.threads])
+                out.print(f"{part[0]['quantity']} written to {results_file.save(args.json, 'stats', used, part)}")
         if rows:
             out.print(show(rows))
         for name in missing():
             out.print(f"{name} is left out: this version of mnp_fast has none")
         found += rows
-        if args.json and rows:
-            used = environment(args.device, [args.threads])
-            out.print(f"written to {results_file.save(args.json, 'stats', used, rows)}")
     return 0 if all(row["match"] for row in found) else 1
 
 
@@ -83,11 +86,11 @@ def missing() -> list[str]:
     return [f"{ops.__name__}.{name}" for name in ("channel_magnitude",) if not hasattr(ops, name)]
 
 
-def measure(work: Workload, neurons: int, repeats: int) -> list[Row]:
+def measure(work: Workload, neurons: int, repeats: int) -> Iterator[list[Row]]:
     """Two rows a statistic."""
-    rows = []
     device = work.images.device
     for quantity, calls, error in comparisons(work, neurons):
+        rows = []
         wrong = error()
         times = interleaved(calls, repeats, device)
         for name in calls:
@@ -97,7 +100,7 @@ def measure(work: Workload, neurons: int, repeats: int) -> list[Row]:
             row |= summary(times[name]) | {"peak_mb": float(f"{peak_mb(calls[name], device):.4g}")}
             # The plain version is the reference.
             rows.append(row | {"error": float(f"{wrong:.3g}"), "match": wrong <= TOLERANCE})
-    return rows
+        yield rows
 
 
 def comparisons(work: Workload, neurons: int) -> Iterator[Comparison]:
