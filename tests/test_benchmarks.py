@@ -367,7 +367,7 @@ def test_table_of_ops_has_the_largest_input_and_all_threads() -> None:
 
 
 def test_table_of_statistics_keeps_sizes_apart() -> None:
-    rows = [row | {"median_ms": 4.0} for row in stats.measure(tiny(), 3, 1)]
+    rows = [row | {"median_ms": 4.0} for part in stats.measure(tiny(), 3, 1) for row in part]
     larger = [row | {"size": 99} for row in rows if row["provider"] == "mnp_fast"]
     _, *lines = cells(plot.stats_table([*rows, *larger]))
     assert [line[0] for line in lines] == ["saliency", "exact saliency of 3", "magnitude"] * 2
