@@ -26,6 +26,7 @@ from benchmarks.environment import environment
 from benchmarks.tables import console, number, ratio, table, verdict
 from benchmarks.timing import elapsed_ms, interleaved, summary
 from mnp_fast import ops
+from mnp_fast.memory import kept
 
 Row = dict[str, Any]
 Function = Callable[..., Any]
@@ -291,7 +292,9 @@ def measure(case: Case, device: torch.device, repeats: int, *, compiled: bool = 
         calls: dict[str, Callable[[], Any]] = {"copy": partial(target.copy_, source)}
         for name, function in functions.items():
             calls[name] = _call(case, function, arguments, direction)
-        times = interleaved(calls, repeats, device, sample_ms=SAMPLE_MS)
+        # As in a run: freed memory is kept, or results beyond 32 MB cost fresh pages, five times the op itself.
+        with kept():
+            times = interleaved(calls, repeats, device, sample_ms=SAMPLE_MS)
         copy = summary(times["copy"])["median_ms"]
         for name in functions:
             row: Row = {"op": f"{case.op} {direction}" if case.passes[1] else case.op, "case": case.case}

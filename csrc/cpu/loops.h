@@ -7,7 +7,7 @@
 namespace mnp_fast::cpu {
 namespace {
 
-// All lanes of a vector, or the first n: the others count as zero and are not stored.
+// All lanes of a vector, or the first n: the others count as zero and are not stored. Results are stored, sums kept.
 struct AllLanes {
   template <class T>
   Vec load(const T* p) const {
@@ -16,6 +16,15 @@ struct AllLanes {
   template <class T>
   void store(Vec v, T* p) const {
     v.store(p);
+  }
+  void keep(Vec v, float* p) const { v.store(p); }
+};
+
+// All lanes of a vector that lies at a multiple of its size in the results, which are written past the cache.
+struct StreamedLanes : AllLanes {
+  template <class T>
+  void store(Vec v, T* p) const {
+    v.stream(p);
   }
 };
 
@@ -29,6 +38,7 @@ struct FirstLanes {
   void store(Vec v, T* p) const {
     v.store(p, n);
   }
+  void keep(Vec v, float* p) const { v.store(p, n); }
 };
 
 // A coefficient along a run of numbers: of one channel for all, or of one channel each.
@@ -53,6 +63,18 @@ template <class Body>
 MNP_ALWAYS_INLINE void for_vectors(int64_t n, Body body) {
   int64_t i = 0;
   for (; i + Vec::kWidth <= n; i += Vec::kWidth) body(i, AllLanes{});
+  if (i < n) body(i, FirstLanes{n - i});
+}
+
+// The same for the numbers from `start` on, whose results may go past the cache.
+template <class Body>
+MNP_ALWAYS_INLINE void for_vectors(const Rows& rows, int64_t start, int64_t n, Body body) {
+  if (!rows.streamed) return for_vectors(n, body);
+  // Results begin at multiples of 64 bytes, which is a vector or several.
+  int64_t i = -start & (Vec::kWidth - 1);
+  if (i > n) i = n;
+  if (i > 0) body(0, FirstLanes{i});
+  for (; i + Vec::kWidth <= n; i += Vec::kWidth) body(i, StreamedLanes{});
   if (i < n) body(i, FirstLanes{n - i});
 }
 

@@ -81,8 +81,8 @@ struct Relu {
 };
 
 template <class F, class T, class Channels>
-void forward_run(const T* x, T* y, Channels mask, int64_t n) {
-  for_vectors(n, [=](int64_t i, auto lanes) {
+void forward_run(const Rows& rows, int64_t start, const T* x, T* y, Channels mask, int64_t n) {
+  for_vectors(rows, start, n, [=](int64_t i, auto lanes) {
     lanes.store(mask.load(i, lanes) * F::template at<T>(lanes.load(x + i)).act, y + i);
   });
 }
@@ -94,9 +94,9 @@ void forward_units(const MaskedActForward& p, int64_t begin, int64_t end) {
   for_rows(
       p.rows, begin, end,
       [&](int64_t start, int64_t c) {
-        forward_run<F>(x + start, y + start, OneChannel{Vec::fill(p.mask[c])}, p.rows.row);
+        forward_run<F>(p.rows, start, x + start, y + start, OneChannel{Vec::fill(p.mask[c])}, p.rows.row);
       },
-      [&](int64_t start, int64_t n) { forward_run<F>(x + start, y + start, EachChannel{p.mask}, n); });
+      [&](int64_t start, int64_t n) { forward_run<F>(p.rows, start, x + start, y + start, EachChannel{p.mask}, n); });
 }
 
 template <class T>
@@ -119,7 +119,8 @@ void backward_row(const MaskedActBackward& p, const Streams<T>& t, int64_t unit)
   const int64_t row = p.blocks.rows.row, start = unit * row;
   const Vec mask = Vec::fill(p.mask[unit % p.blocks.rows.channels]);
   Vec total = Vec::fill(0.0f);
-  for_vectors(row, [&](int64_t i, auto lanes) { total = total + backward_one<F>(t, start + i, lanes, mask); });
+  for_vectors(p.blocks.rows, start, row,
+              [&](int64_t i, auto lanes) { total = total + backward_one<F>(t, start + i, lanes, mask); });
   p.sum_gact[unit] = sum(total);
 }
 
@@ -129,8 +130,8 @@ void backward_block(const MaskedActBackward& p, const Streams<T>& t, int64_t uni
   float* sums = p.sum_gact + unit * row;
   for (int64_t i = 0; i < row; ++i) sums[i] = 0.0f;
   for_rows_of_block(p.blocks, unit, [&](int64_t start, int64_t n) {
-    for_vectors(n, [&](int64_t i, auto lanes) {
-      lanes.store(lanes.load(sums + i) + backward_one<F>(t, start + i, lanes, lanes.load(p.mask + i)), sums + i);
+    for_vectors(p.blocks.rows, start, n, [&](int64_t i, auto lanes) {
+      lanes.keep(lanes.load(sums + i) + backward_one<F>(t, start + i, lanes, lanes.load(p.mask + i)), sums + i);
     });
   });
 }
@@ -163,11 +164,13 @@ void dispatch(Act act, DType dtype, Run run) {
 
 void forward(const MaskedActForward& p, int64_t begin, int64_t end) {
   dispatch(p.act, p.rows.dtype, [&](auto f, auto t) { forward_units<decltype(f), decltype(t)>(p, begin, end); });
+  if (p.rows.streamed) end_of_streams();
 }
 
 void backward(const MaskedActBackward& p, int64_t begin, int64_t end) {
   dispatch(p.act, p.blocks.rows.dtype,
            [&](auto f, auto t) { backward_units<decltype(f), decltype(t)>(p, begin, end); });
+  if (p.blocks.rows.streamed) end_of_streams();
 }
 
 }  // namespace

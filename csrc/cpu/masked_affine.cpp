@@ -17,8 +17,9 @@ Vec forward_one(Vec x, Vec residual, Vec a, Vec b) {
 }
 
 template <bool kResidual, bool kRelu, class T, class Channels>
-void forward_run(const T* x, const T* residual, T* y, Channels a, Channels b, int64_t n) {
-  for_vectors(n, [=](int64_t i, auto lanes) {
+void forward_run(const Rows& rows, int64_t start, const T* x, const T* residual, T* y, Channels a, Channels b,
+                 int64_t n) {
+  for_vectors(rows, start, n, [=](int64_t i, auto lanes) {
     const Vec r = kResidual ? lanes.load(residual + i) : Vec::fill(0.0f);
     lanes.store(forward_one<kResidual, kRelu>(lanes.load(x + i), r, a.load(i, lanes), b.load(i, lanes)), y + i);
   });
@@ -30,7 +31,7 @@ void forward_units(const MaskedAffineForward& p, int64_t begin, int64_t end) {
   const T* residual = static_cast<const T*>(p.residual);
   T* y = static_cast<T*>(p.y);
   const auto run = [&](int64_t start, int64_t n, auto a, auto b) {
-    forward_run<kResidual, kRelu>(x + start, kResidual ? residual + start : nullptr, y + start, a, b, n);
+    forward_run<kResidual, kRelu>(p.rows, start, x + start, kResidual ? residual + start : nullptr, y + start, a, b, n);
   };
   for_rows(
       p.rows, begin, end,
@@ -51,6 +52,7 @@ void forward_typed(const MaskedAffineForward& p, int64_t begin, int64_t end) {
 
 void forward(const MaskedAffineForward& p, int64_t begin, int64_t end) {
   p.rows.dtype == DType::float32 ? forward_typed<float>(p, begin, end) : forward_typed<BFloat16>(p, begin, end);
+  if (p.rows.streamed) end_of_streams();
 }
 
 // Where the sign behind the activation comes from.
@@ -86,7 +88,8 @@ void backward_row(const MaskedAffineBackward& p, const Streams<T>& streams, int6
   const Vec a = Vec::fill(p.a[c]), b = Vec::fill(p.b[c]), center = Vec::fill(p.center[c]);
   const Streams<T> t = streams.at(unit * row);
   Vec sum_g = Vec::fill(0.0f), sum_gx = Vec::fill(0.0f);
-  for_vectors(row, [&](int64_t i, auto lanes) { backward_one<kSign>(t, i, lanes, a, b, center, sum_g, sum_gx); });
+  for_vectors(p.blocks.rows, unit * row, row,
+              [&](int64_t i, auto lanes) { backward_one<kSign>(t, i, lanes, a, b, center, sum_g, sum_gx); });
   p.sum_g[unit] = sum(sum_g);
   p.sum_gx[unit] = sum(sum_gx);
 }
@@ -99,11 +102,11 @@ void backward_block(const MaskedAffineBackward& p, const Streams<T>& streams, in
   for (int64_t i = 0; i < row; ++i) sum_g[i] = sum_gx[i] = 0.0f;
   for_rows_of_block(p.blocks, unit, [&](int64_t start, int64_t n) {
     const Streams<T> t = streams.at(start);
-    for_vectors(n, [&](int64_t i, auto lanes) {
+    for_vectors(p.blocks.rows, start, n, [&](int64_t i, auto lanes) {
       Vec g = lanes.load(sum_g + i), gx = lanes.load(sum_gx + i);
       backward_one<kSign>(t, i, lanes, lanes.load(p.a + i), lanes.load(p.b + i), lanes.load(p.center + i), g, gx);
-      lanes.store(g, sum_g + i);
-      lanes.store(gx, sum_gx + i);
+      lanes.keep(g, sum_g + i);
+      lanes.keep(gx, sum_gx + i);
     });
   });
 }
@@ -131,6 +134,7 @@ void backward_typed(const MaskedAffineBackward& p, int64_t begin, int64_t end) {
 void backward(const MaskedAffineBackward& p, int64_t begin, int64_t end) {
   p.blocks.rows.dtype == DType::float32 ? backward_typed<float>(p, begin, end)
                                         : backward_typed<BFloat16>(p, begin, end);
+  if (p.blocks.rows.streamed) end_of_streams();
 }
 
 }  // namespace

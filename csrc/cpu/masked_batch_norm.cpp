@@ -121,7 +121,7 @@ void grad_x_run(const BatchNormGradX& t, int64_t start, int64_t n, Channels a, C
   const T* x = static_cast<const T*>(t.x) + start;
   const T* y = kSign == Sign::from_y ? static_cast<const T*>(t.y) + start : nullptr;
   T* grad_x = static_cast<T*>(t.grad_x) + start;
-  for_vectors(n, [&](int64_t i, auto lanes) {
+  for_vectors(t.rows, start, n, [&](int64_t i, auto lanes) {
     Vec g = lanes.load(grad + i);
     const Vec value = lanes.load(x + i), slope = a.load(i, lanes);
     if constexpr (kSign == Sign::from_x) g = g.where_positive(fma(slope, value, b.load(i, lanes)));
@@ -158,6 +158,7 @@ void grad_x_typed(const BatchNormGradX& t, int64_t begin, int64_t end) {
 
 void grad_x(const BatchNormGradX& t, int64_t begin, int64_t end) {
   t.rows.dtype == DType::float32 ? grad_x_typed<float>(t, begin, end) : grad_x_typed<BFloat16>(t, begin, end);
+  if (t.rows.streamed) end_of_streams();
 }
 
 }  // namespace

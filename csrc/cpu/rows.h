@@ -21,6 +21,7 @@ struct Rows {
   int64_t channels;
   int64_t row;
   int64_t total;  // numbers in memory
+  bool streamed;  // results go past the cache; each begins at a multiple of 64 bytes
 };
 
 // For sums over the positions of a sample. Channels outside: a unit is a row and leaves one sum. Channels inside: a

@@ -37,6 +37,9 @@ struct Vec {
   void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   void store(BFloat16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), narrow()); }
+  // To memory, past the cache; p is a multiple of the bytes written.
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
+  void stream(BFloat16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow()); }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -103,6 +106,9 @@ struct Vec {
     store(part);
     for (int64_t i = 0; i < n; ++i) p[i] = part[i];
   }
+  // To memory, past the cache; p is a multiple of the bytes written.
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
+  void stream(BFloat16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow()); }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -185,6 +191,10 @@ struct Vec {
     store(part);
     for (int64_t i = 0; i < n; ++i) p[i] = part[i];
   }
+  template <class T>
+  void stream(T* p) const {
+    store(p);
+  }
 
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
@@ -212,6 +222,13 @@ struct Vec {
 };
 
 #endif
+
+// What has been streamed is seen by other threads after this.
+inline void end_of_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // The sum of the lanes, always in the same order.
 inline float sum(Vec a) {

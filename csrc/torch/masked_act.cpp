@@ -35,7 +35,8 @@ Tensor masked_act(Tensor x, Tensor mask, int64_t n, int64_t c, int64_t s, bool c
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
 
-  const cpu::Rows rows = rows_of(dtype, layout);
+  cpu::Rows rows = rows_of(dtype, layout);
+  rows.streamed = streamed(y);
   const RepeatedMask repeated(x, mask, c, channels_last ? rows.row : c);
   const cpu::MaskedActForward p{rows, check_act(act), x.const_data_ptr(), y.mutable_data_ptr(), repeated.data()};
   for_units(rows, [&](int64_t begin, int64_t end) { kernel.forward(p, begin, end); });
@@ -56,7 +57,8 @@ std::tuple<Tensor, Tensor> masked_act_backward(Tensor grad, Tensor x, Tensor mas
     return {grad_x, sum_gact};
   }
 
-  const SampleSums sums(dtype, layout);
+  SampleSums sums(dtype, layout);
+  sums.blocks.rows.streamed = need_grad_x && streamed(grad_x);
   const RepeatedMask repeated(x, mask, c, channels_last ? sums.blocks.rows.row : c);
   float* out = static_cast<float*>(sum_gact.mutable_data_ptr());
   std::vector<float> partial(sums.partial());

@@ -18,7 +18,8 @@ Tensor masked_affine(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor 
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
 
-  const cpu::Rows rows = rows_of(dtype, layout);
+  cpu::Rows rows = rows_of(dtype, layout);
+  rows.streamed = streamed(y);
   const Coefficients coefficients(x, mask, scale, center, shift, c, channels_last ? rows.row : c);
   const cpu::MaskedAffineForward p{
       rows, relu, x.const_data_ptr(), pointer(residual), y.mutable_data_ptr(), coefficients.a(), coefficients.b()};
@@ -47,7 +48,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_affine_backward(Tensor grad, T
     return {grad_x, grad_residual, sum_g, sum_gx};
   }
 
-  const SampleSums sums(dtype, layout);
+  SampleSums sums(dtype, layout);
+  sums.blocks.rows.streamed = (!need_grad_x || streamed(grad_x)) && (!need_grad_residual || streamed(grad_residual));
   const Coefficients coefficients(x, mask, scale, center, shift, c, channels_last ? sums.blocks.rows.row : c);
   float* out_g = static_cast<float*>(sum_g.mutable_data_ptr());
   float* out_gx = static_cast<float*>(sum_gx.mutable_data_ptr());

@@ -113,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_batch_norm_backward(Tensor gra
   if (!need_grad_x) return {none, grad_residual, sum_g, sum_gx};
 
   Tensor grad_x = torch::stable::empty_like(x);
-  const cpu::Rows rows = rows_of(dtype, layout);
+  cpu::Rows rows = rows_of(dtype, layout);
+  rows.streamed = streamed(grad_x);
   const int64_t entries = channels_last ? rows.row : c;
   const Coefficients coefficients(x, mask, scale, mean, bias, c, entries);
   std::vector<float> slope(entries), offset(entries);

@@ -25,10 +25,18 @@ inline int64_t repeats(int64_t channels, int64_t most) {
 // Rows of memory that is not empty, in which at most `most` positions may lie together.
 inline cpu::Rows rows_of(cpu::DType dtype, const Layout& layout, int64_t most) {
   const int64_t row = layout.channels_last ? layout.c * repeats(layout.c, most) : layout.s;
-  return {dtype, layout.channels_last, layout.c, row, layout.numel()};
+  return {dtype, layout.channels_last, layout.c, row, layout.numel(), false};
 }
 
 inline cpu::Rows rows_of(cpu::DType dtype, const Layout& layout) { return rows_of(dtype, layout, layout.n * layout.s); }
+
+// Whether results of this size go past the cache: they would not be there any more when they are read, and without
+// their lines in the cache memory is not read before it is written (1.2 to 1.5 times as fast from memory).
+inline bool streamed(const Tensor& result) {
+  constexpr int64_t kBeyondCache = 16 << 20;
+  const int64_t bytes = result.numel() * (result.scalar_type() == ScalarType::Float ? 4 : 2);
+  return bytes >= kBeyondCache && reinterpret_cast<uintptr_t>(result.const_data_ptr()) % 64 == 0;
+}
 
 // run(begin, end) for all rows, over the threads.
 template <class Run>
