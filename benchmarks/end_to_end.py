@@ -45,7 +45,7 @@ from mnp_fast.stats import magnitude
 Row = dict[str, Any]
 
 CLASSES = 10
-STAGES = ("suppress", "masks", "select", "fine-tune")
+STAGES = ("suppress", "perturb", "masks", "select", "fine-tune")
 NAMES = ("published", "torch_compile", "mnp_fast")
 
 
@@ -119,7 +119,7 @@ def measure(arch: str, model: nn.Module, data: tuple[Tensor, Tensor], args: argp
     result = mnp_fast.prune(model, loader, config, progress=False)
     seconds = time.perf_counter() - start
     learning, held = DefenceSet(*data).split(config.held_back, torch.Generator().manual_seed(0))
-    counts = counts_of(result.history, result.suspected_target, learning, config)
+    counts = counts_of(result.history, learning, config)
     sites = find_sites(model, data[0][:2].to(device))
     ours: Row = {**common, "provider": "mnp_fast", "computes_in": args.dtype, "extrapolated": False}
     ours |= {"stages_s": {name: _seconds(result.history, name) for name in STAGES}}
@@ -178,7 +178,6 @@ def own_check(model: nn.Module, sites: Sequence[Site], learning: DefenceSet, con
 # ---------------------------------------------------------------- counting
 def counts_of(
     history: Sequence[Mapping[str, Any]],
-    suspected_target: int | None,
     learning: DefenceSet,
     config: PruneConfig,
 ) -> Counts:
@@ -188,25 +187,15 @@ def counts_of(
     # A window is 512 pictures, and never reaches across two passes.
     window = max(1, 512 // config.batch_size)
     windows = [min(window, passes - first) for first in range(0, passes, window)]
-    chosen, candidates = by["select"], by["masks"]["below_one"]
-    low, affordable, released = chosen["low"], chosen["affordable"], chosen["released"]
-    suppressed = 0
-    if suspected_target is None:
-        plain = 1 + probes(affordable + 1, low)
-    else:
-        plain = 1 + probes(affordable + 1, candidates)
-        suppressed = probes(candidates + 1 if released is None else released, candidates)
-        if released is None or released > affordable:
-            plain += probes(max(chosen["sets"][-1], low) + 1, affordable)
-    repairs = sum(entry["stage"] == "fine-tune" for entry in history)
-    finetune = repairs * config.finetune_epochs * math.ceil(len(learning) / max(2, config.batch_size // 2))
+    passes_of_repair = config.finetune_epochs if "fine-tune" in by else 0
     return Counts(
         suppress=sum(windows[number % len(windows)] for number in range(by["suppress"]["windows"])),
-        exposed=1,
+        # As they are and with each perturbation; pictures of the collapse class are counted too.
+        exposed=1 + config.perturbations,
+        perturb=config.perturbations * config.perturbation_steps,
         masks=by["masks"]["steps"],
-        plain=plain,
-        suppressed=suppressed,
-        finetune=finetune,
+        plain=1 + probes(by["select"]["pruned"] + 1, by["select"]["low"]),
+        finetune=passes_of_repair * math.ceil(len(learning) / max(2, config.batch_size // 2)),
     )
 
 

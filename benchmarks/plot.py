@@ -21,6 +21,8 @@ from benchmarks.options import PROVIDERS
 from benchmarks.tables import console, markdown, number, ratio
 
 Row = dict[str, Any]
+
+END_TO_END_STAGES = ("suppress", "perturb", "masks", "select", "fine-tune")
 Content = Mapping[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,10 +133,7 @@ def end_to_end_table(rows: Sequence[Row]) -> str:
         "batch",
         "dtype",
         "provider",
-        "suppress",
-        "masks",
-        "select",
-        "fine-tune",
+        *END_TO_END_STAGES,
         "compile",
     ]
     cells = []
@@ -143,7 +142,7 @@ def end_to_end_table(rows: Sequence[Row]) -> str:
             row = by.get(name)
             if row is None:
                 continue
-            stages = [number(row["stages_s"][stage]) for stage in ("suppress", "masks", "select", "fine-tune")]
+            stages = [number(row["stages_s"].get(stage)) for stage in END_TO_END_STAGES]
             total = f"{_cell(row, 'seconds')}{' (extrapolated)' if row['extrapolated'] else ''}"
             faster = ratio(row, by.get("mnp_fast"), "seconds")
             begin = [f"{arch}, {size}x{size}", *map(str, others), name]

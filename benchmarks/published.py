@@ -63,16 +63,16 @@ class Timed:
 class Counts:
     """Steps of each kind in one run of mnp_fast.prune.
 
-    suppress: of ascent; exposed: evaluations of the suppressed network on all pictures; masks: of mask learning;
-    plain, suppressed: evaluations of prune sets, on the clean network (learning and held-back pictures) and on the
-    suppressed network (learning pictures); finetune: of fine-tuning.
+    suppress: of ascent; exposed: evaluations of the suppressed network on all pictures; perturb: of perturbations;
+    masks: of mask learning; plain: evaluations of prune sets on learning and held-back pictures; finetune: of
+    fine-tuning.
     """
 
     suppress: int
     exposed: int
+    perturb: int
     masks: int
     plain: int
-    suppressed: int
     finetune: int
 
 
@@ -102,12 +102,12 @@ class Stages:
         """All parts in order; a later one is made only once the one before has run."""
         yield self._suppress(counts.suppress)
         # One evaluation of all pictures.
-        clean = self._evaluation(use_batch_statistics_(copy.deepcopy(self.exposed)), [self.learning, self.held])
-        yield Part("suppress", clean, 1, counts.exposed)
-        del clean
+        exposed = use_batch_statistics_(copy.deepcopy(self.exposed))
+        yield Part("suppress", self._evaluation(exposed, [self.learning, self.held]), 1, counts.exposed)
+        yield self._perturb(exposed, counts.perturb)
+        del exposed
         yield self._masks(counts.masks)
         yield Part("select", self._evaluation(self.masked, [self.learning, self.held]), 1, counts.plain)
-        yield Part("select", self._evaluation(self.masked_exposed, [self.learning]), 1, counts.suppressed)
         yield self._finetune(counts.finetune)
 
     # ------------------------------------------------------------ stages
@@ -131,6 +131,24 @@ class Stages:
             optimizer.step()
 
         return Part("suppress", step, period, count)
+
+    def _perturb(self, net: nn.Module, count: int) -> Part:
+        """Gradient steps on one universal perturbation, batch statistics in every BatchNorm."""
+        if self.compiled:
+            net.requires_grad_(False)
+        loss_of = self._loss(net)
+        batches, period = self._batches(self.config.batch_size)
+        perturbation = torch.zeros_like(self.learning.images[:1])
+
+        def step() -> None:
+            images, labels = next(batches)
+            moving = perturbation.detach().requires_grad_()
+            net.zero_grad()
+            loss_of(images + moving, torch.zeros_like(labels)).backward()
+            assert moving.grad is not None
+            perturbation.sub_(1e-3 * moving.grad / moving.grad.norm().clamp_min(1e-12))
+
+        return Part("perturb", step, period, count)
 
     def _masks(self, count: int) -> Part:
         """Projected SGD on the masks of both networks; ``self.masked`` and ``self.masked_exposed`` afterwards."""
@@ -157,7 +175,7 @@ class Stages:
             images, labels = next(batches)
             for net in nets:
                 net.zero_grad()
-            loss = alpha * losses[1](images, labels) + (1 - alpha) * losses[0](images, labels)
+            loss = alpha * losses[1](images, labels).sqrt() + (1 - alpha) * losses[0](images, labels)
             penalty = sum((mask * weight).sum() for mask, weight in zip(masks, penalties, strict=True))
             (loss + PENALTY * penalty).backward()
             gradient = torch.cat([mask.grad for mask in masks if mask.grad is not None]) - pull
@@ -169,7 +187,7 @@ class Stages:
 
         def tuned() -> None:
             images, labels = next(batches)
-            loss = alpha * losses[1](images, labels) + (1 - alpha) * losses[0](images, labels)
+            loss = alpha * losses[1](images, labels).sqrt() + (1 - alpha) * losses[0](images, labels)
             gradient = torch.cat(torch.autograd.grad(loss, masks))
             self._remember(images, labels, loss, gradient)
             with torch.no_grad():
@@ -288,7 +306,8 @@ def mask_objective(
         for net, mode in ((exposed, True), (model, batch_statistics))
     ]
     (loss, gradient), (clean_loss, clean_gradient) = terms
-    return alpha * loss + (1 - alpha) * clean_loss, alpha * gradient + (1 - alpha) * clean_gradient
+    root = math.sqrt(loss)
+    return alpha * root + (1 - alpha) * clean_loss, alpha / (2 * root) * gradient + (1 - alpha) * clean_gradient
 
 
 def timed(part: Part, device: torch.device, *, sample: int | None, compiled: bool) -> Timed:

@@ -34,6 +34,13 @@ class PruneConfig:
     suppression_epochs: int = 80
     """At most so many passes over the learning pictures in clean suppression."""
 
+    perturbations: int = 4
+    """Universal perturbations towards the collapse class of the suppressed model. Measured."""
+    perturbation_steps: int = 20
+    """Steps that each of them takes. Measured."""
+    perturbation_size: float = 0.5
+    """Their L2 norm over the mean L2 norm of the pictures' deviation from the mean of each channel. Measured."""
+
     alpha: float = 0.7
     """Weight of the loss of the suppressed model against that of the model itself, in [0, 1]. Measured: .5 to .9."""
     penalty: float = 2e-3
@@ -43,29 +50,25 @@ class PruneConfig:
     mask_steps: int = 80
     """Steps of the masks. Measured: 80, which is 20 passes over 500 pictures."""
 
-    threshold: float = 0.05
-    """Masks up to this are low, in [0, 1): candidates for pruning before any other. Measured."""
-    accuracy_limit: float = 0.15
+    threshold: float = 0.65
+    """Neurons whose masks are up to this may be pruned, in [0, 1). Measured."""
+    accuracy_limit: float = 0.08
     """Accuracy that pruning may cost before fine-tuning where a target is suspected, in [0, 1]. Measured."""
-    accuracy_budget: float = 0.05
-    """The same where the suppressed model does not let go of that class before the limit, in [0, 1]. Measured."""
-    repair_limit: float = 0.02
-    """Held-back accuracy that a prune set beyond accuracy_limit may cost after fine-tuning, in [0, 1]. Measured."""
     unsuspected_limit: float = 0.02
     """The same where none is: what is pruned then is a precaution, in [0, 1]. Measured."""
-    release_share: float = 0.2
-    """The suppressed model has let go of a class when it puts at most this share of clean pictures there. Measured."""
 
-    finetune_epochs: int = 10
+    finetune_epochs: int = 20
     """Passes of fine-tuning over the learning pictures, pruned neurons held at zero; 0 for none. Measured."""
     finetune_rate: float = 1e-2
     """First learning rate of fine-tuning, annealed to 0 by a cosine; gradients are clipped to norm 1. Measured."""
+    perturbed_pictures: float = 0.5
+    """Share of the pictures that fine-tuning perturbs where a target is suspected, in [0, 1]. Measured."""
     distillation: float = 0.5
     """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
 
-    evidence_share: float = 0.5
-    """The suppressed model puts this share of clean pictures into one class: "evidence of a backdoor". Measured."""
-    suspicion_share: float = 0.42
+    evidence_share: float = 0.8
+    """Perturbed pictures that the suppressed model puts into its collapse class: "evidence of a backdoor". Measured."""
+    suspicion_share: float = 0.65
     """The same for "suspicious". Measured."""
 
     def __post_init__(self) -> None:
@@ -97,15 +100,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "suppression_stop": (0.01, 0.99),
     "suppression_rate": (_TINY, 1.0),
     "suppression_epochs": (1, math.inf),
+    "perturbations": (1, math.inf),
+    "perturbation_steps": (1, math.inf),
+    "perturbation_size": (_TINY, math.inf),
     "alpha": (0, 1),
     "mask_rate": (_TINY, math.inf),
     "mask_steps": (1, math.inf),
     "threshold": (0, 0.99),
     "accuracy_limit": (0, 1),
-    "accuracy_budget": (0, 1),
-    "repair_limit": (0, 1),
     "unsuspected_limit": (0, 1),
-    "release_share": (0, 1),
+    "perturbed_pictures": (0, 1),
     "finetune_rate": (_TINY, 1.0),
     "distillation": (0, 1),
     "evidence_share": (0, 1),

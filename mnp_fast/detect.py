@@ -20,11 +20,12 @@ FEWEST_CLASSES = 5
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the suppressed model says of clean pictures.
+    """What the suppressed model says of clean pictures, as they are and with universal perturbations.
 
     classes: how many there are. collapse_class: the class it predicts most often; collapse_share: the share of all
     clean pictures that it puts there; second_share: the share of the class after it; suppressed_loss: its mean
-    cross-entropy in nats.
+    cross-entropy in nats; perturbed_share: the share of pictures of other classes that it puts into the collapse class
+    once they are perturbed, mean over the perturbations.
     """
 
     classes: int
@@ -32,33 +33,42 @@ class Evidence:
     collapse_share: float
     second_share: float
     suppressed_loss: float
+    perturbed_share: float
 
     def report(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def weigh(suppressed_logits: Tensor, labels: Tensor) -> Evidence:
+def collapse_class(suppressed_logits: Tensor) -> int:
+    """The class that the suppressed model predicts most often, from its logits (n, classes); of several the first."""
+    return int(torch.bincount(suppressed_logits.argmax(1), minlength=suppressed_logits.shape[1]).argmax())
+
+
+def weigh(suppressed_logits: Tensor, labels: Tensor, perturbed_logits: Tensor) -> Evidence:
     """Evidence from the suppressed model's logits (n, classes) for clean pictures with ``labels`` (n,).
 
+    perturbed_logits: (k, classes), for perturbed pictures of the other classes.
     Clean suppression takes the clean function away; where a backdoor stays behind, it pulls clean pictures into its
-    target class. Limits: docs/method.md, "Verdict".
+    target class, and what little must be added to pull all of them is found easily. Limits: docs/method.md, "Verdict".
     """
+    found = collapse_class(suppressed_logits)
     counts = torch.bincount(suppressed_logits.argmax(1), minlength=suppressed_logits.shape[1])
     shares = counts.double() / len(labels)
     top = shares.topk(2)
     return Evidence(
         classes=len(counts),
-        collapse_class=int(top.indices[0]),
+        collapse_class=found,
         collapse_share=float(top.values[0]),
         second_share=float(top.values[1]),
         suppressed_loss=float(F.cross_entropy(suppressed_logits, labels)),
+        perturbed_share=float((perturbed_logits.argmax(1) == found).double().mean()),
     )
 
 
 def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
     """(verdict, suspected target class or None). Never "clean": at best no evidence was found."""
-    if evidence.collapse_share >= config.evidence_share and evidence.classes >= FEWEST_CLASSES:
+    if evidence.perturbed_share >= config.evidence_share and evidence.classes >= FEWEST_CLASSES:
         return EVIDENCE, evidence.collapse_class
-    if evidence.collapse_share >= config.suspicion_share:
+    if evidence.perturbed_share >= config.suspicion_share:
         return SUSPICIOUS, evidence.collapse_class
     return NONE_FOUND, None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _TEMPERATURE = 2.0
+_TINY = 1e-6  # the root has no slope at 0
 
 
 def expose(logits: Tensor, labels: Tensor) -> Tensor:
@@ -17,18 +19,28 @@ def expose(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def eliminate(suppressed_logits: Tensor, labels: Tensor, alpha: float) -> Tensor:
-    """First term of the loss of the masks, alpha L(F_m(x; theta_hat), y) + (1 - alpha) L(F_m(x; theta), y).
+    """First term of the loss of the masks, alpha sqrt L(F_m(x; theta_hat), y) + (1 - alpha) L(F_m(x; theta), y).
 
-    The suppressed model theta_hat gets better where a neuron of the backdoor goes. The weight penalty
-    lambda sum_i m_i M_i is linear in the masks: `mask_step_` adds its gradient. suppressed_logits: (b, classes)
-    floating; labels: (b,) int64. Returns a scalar.
+    The suppressed model theta_hat gets better where a neuron of the backdoor goes. The root is ours: its loss is tens
+    of nats where theta's is tenths, and drowned it (docs/decisions.md, "Root of the suppressed loss"). The weight
+    penalty lambda sum_i m_i M_i is linear in the masks: `mask_step_` adds its gradient. suppressed_logits:
+    (b, classes) floating; labels: (b,) int64. Returns a scalar.
     """
-    return alpha * F.cross_entropy(suppressed_logits.float(), labels)
+    return alpha * F.cross_entropy(suppressed_logits.float(), labels).clamp_min(_TINY).sqrt()
 
 
 def preserve(logits: Tensor, labels: Tensor, alpha: float) -> Tensor:
     """Second term of that loss: the model itself under the same masks. Shapes as for `eliminate`."""
     return (1 - alpha) * F.cross_entropy(logits.float(), labels)
+
+
+def pull(suppressed_logits: Tensor, target: int) -> Tensor:
+    """Loss of a universal perturbation: cross-entropy of the perturbed pictures as if all were of class ``target``.
+
+    suppressed_logits: (b, classes) floating. Returns a scalar.
+    """
+    wanted = torch.full((len(suppressed_logits),), target, device=suppressed_logits.device)
+    return F.cross_entropy(suppressed_logits.float(), wanted)
 
 
 def repair_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, distillation: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loops: clean suppression of the weights, learning of the masks, fine-tuning of the pruned model."""
+"""The loops: clean suppression, universal perturbations, learning of the masks, fine-tuning of the pruned model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
 from mnp_fast.errors import ModelError
 from mnp_fast.masked import MODULES, Execution, masked, prune_
-from mnp_fast.objectives import eliminate, expose, preserve, repair_loss
+from mnp_fast.objectives import eliminate, expose, preserve, pull, repair_loss
 from mnp_fast.ops import mask_step_
 from mnp_fast.progress import Progress
 from mnp_fast.sites import Site
@@ -21,6 +21,7 @@ from mnp_fast.sites import Site
 _MOMENTUM = 0.9
 _CLIP = 1.0
 _HALF_SUPPRESSED = 0.6
+_PERTURBATION_STEP = 0.2  # of the size; they begin at half of that
 _WINDOW = 512
 """Pictures over which suppression judges its own pace, so that it does not depend on the size of the defence set."""
 
@@ -91,6 +92,51 @@ def suppress_(
     )
 
 
+def perturb(
+    suppressed: nn.Module,
+    target: int,
+    sites: Sequence[Site],
+    data: DefenceSet,
+    config: PruneConfig,
+    generator: torch.Generator,
+    progress: Progress,
+    how: Execution = MODULES,
+) -> Tensor:
+    """Universal perturbations (Moosavi-Dezfooli et al., arXiv 1610.08401) that pull pictures into class ``target``.
+
+    Each is one picture that is added to all: normalised gradient steps from a random start, kept within a ball. What
+    pulls every picture into the class at once does what the trigger does, and the suppressed model, whose clean
+    function is gone and whose norms take out a common shift, shows little else (docs/decisions.md).
+
+    target: the class that the suppressed model predicts most often. Returns (perturbations, ...) float32, each in the
+    shape of a picture, on the device of the data.
+    """
+    others = data.subset(data.labels != target)
+    pictures = others if len(others) else data
+    images = pictures.images
+    spread = images - images.mean([0, *range(2, images.dim())], keepdim=True)
+    size = config.perturbation_size * float(spread.flatten(1).norm(dim=1).mean())
+    ones = torch.ones(sum(site.neurons for site in sites), device=images.device)
+    steps = _endless(lambda: pictures.batches(config.batch_size, generator))
+    found = []
+    progress.stage("perturb", config.perturbations * config.perturbation_steps)
+    with masked(suppressed, sites, ones, batch_statistics=True, how=how):
+        for _ in range(config.perturbations):
+            # Drawn on the CPU: the same numbers whatever the device.
+            start = torch.randn(images.shape[1:], generator=generator).to(images.device)
+            perturbation = start * (_PERTURBATION_STEP / 2 * size / start.norm().clamp_min(1e-12))
+            for _ in range(config.perturbation_steps):
+                perturbation.requires_grad_()
+                loss = pull(logits_of(suppressed(next(steps)[0] + perturbation)), target)
+                (gradient,) = torch.autograd.grad(loss, perturbation)
+                with torch.no_grad():
+                    moved = perturbation - gradient * (_PERTURBATION_STEP * size / gradient.norm().clamp_min(1e-12))
+                    perturbation = moved * (size / moved.norm().clamp_min(1e-12)).clamp_max(1.0)
+                progress.update(1)
+            found.append(perturbation)
+    return torch.stack(found)
+
+
 def learn_masks(
     model: nn.Module,
     suppressed: nn.Module,
@@ -138,6 +184,7 @@ def finetune_(
     teacher: nn.Module,
     sites: Sequence[Site],
     keep: Tensor,
+    perturbations: Tensor | None,
     data: DefenceSet,
     config: PruneConfig,
     generator: torch.Generator,
@@ -150,7 +197,8 @@ def finetune_(
     (distillation at temperature 2, Hinton et al., arXiv 1503.02531): on clean pictures its backdoor is silent, and its
     soft answers bring back 1 to 2 points of accuracy that labels alone do not. SGD with momentum, cosine annealing and
     clipped gradients: without clipping accuracy swung by 15 points between neighbouring prune sets (docs/decisions.md).
-    keep: (neurons,) bool.
+    With perturbations, as `perturb` gives them, a share of the pictures of every batch has a random one added, scaled
+    by a random number from 0 to 1: without, fine-tuning brings part of the backdoor back. keep: (neurons,) bool.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -161,14 +209,19 @@ def finetune_(
     device = keep.device
     trace = Trace()
     progress.stage("fine-tune", config.finetune_epochs)
-    with masked(model, (), None, how=how), masked(teacher, sites, torch.ones(len(keep), device=device), how=how):
+    with masked(teacher, sites, torch.ones(len(keep), device=device), how=how):
+        # Once: the same pictures come again in every pass, and asking in every step was a quarter of the time.
+        answers = predict(teacher, data, config.batch_size, device).to(device)
+    numbered, right = DefenceSet(data.images, torch.arange(len(data))), data.labels.to(device)
+    with masked(model, (), None, how=how):
         for _ in range(config.finetune_epochs):
             readings = _Readings()
-            for images, labels in data.batches(_finetune_batch(config), generator, device):
-                with torch.no_grad():
-                    soft = logits_of(teacher(images))
+            for images, rows in numbered.batches(_finetune_batch(config), generator, device):
+                labels = right[rows]
+                if perturbations is not None:
+                    add_perturbations_(images, perturbations, config.perturbed_pictures, generator)
                 logits = logits_of(model(images))
-                loss = repair_loss(logits, soft, labels, config.distillation)
+                loss = repair_loss(logits, answers[rows], labels, config.distillation)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
@@ -180,6 +233,14 @@ def finetune_(
                 values.append(value)
             progress.update(1, loss=trace.loss[-1], accuracy=trace.accuracy[-1])
     return trace
+
+
+def add_perturbations_(images: Tensor, perturbations: Tensor, share: float, generator: torch.Generator) -> None:
+    """Add to the first ``share`` of the images, in place, one of the perturbations each, scaled by U(0, 1)."""
+    count = round(share * len(images))
+    which = torch.randint(len(perturbations), (count,), generator=generator).to(images.device)
+    scale = torch.rand(count, generator=generator).to(images.device)
+    images[:count] += perturbations[which] * scale.view(-1, *[1] * (images.dim() - 1))
 
 
 def predict(model: nn.Module, data: DefenceSet, batch_size: int, device: torch.device) -> Tensor:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from mnp_fast import __version__
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
-from mnp_fast.detect import Evidence, verdict, weigh
+from mnp_fast.detect import Evidence, collapse_class, verdict, weigh
 from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked, prune_
 from mnp_fast.memory import kept
 from mnp_fast.ops.cpu_backend import usable_isas
-from mnp_fast.optimize import Trace, finetune_, learn_masks, predict, suppress_
+from mnp_fast.optimize import Trace, finetune_, learn_masks, perturb, predict, suppress_
 from mnp_fast.progress import Progress
 from mnp_fast.result import PruneResult, ScanResult
 from mnp_fast.select import Selection, select
@@ -62,9 +62,11 @@ def prune(
         triggered = collect(triggered_loader, seed=seed, what="triggered_loader", min_pictures=1, min_classes=1)
         check_model(model, triggered)
     with run.stages():
-        suppressed, evidence = run.expose()
+        suppressed, evidence, perturbations = run.expose()
         mask, order = run.learn_masks(suppressed)
-        selection, repaired = run.repair(run.select(mask, order, suppressed, evidence))
+        del suppressed
+        selection = run.select(mask, order, evidence)
+        repaired = run.repair(selection, evidence, perturbations)
     return run.result(evidence, mask, selection, repaired, triggered)
 
 
@@ -80,7 +82,7 @@ def scan(
     """The verdict without the repair: clean suppression and what it shows. Arguments and errors as for `prune`."""
     run = _Run(model, loader, config, device, seed, progress)
     with run.stages():
-        _, evidence = run.expose()
+        _, evidence, _ = run.expose()
     found, target = verdict(evidence, run.config)
     return ScanResult(found, target, evidence.report() | run.statistics(), run.history, run.report())
 
@@ -139,15 +141,32 @@ class _Run:
             torch.manual_seed(self.seed)
             yield
 
-    def expose(self) -> tuple[nn.Module, Evidence]:
+    def expose(self) -> tuple[nn.Module, Evidence, Tensor]:
+        """The suppressed model, what it says, and perturbations towards the class that it collapses on."""
         with self.stage("suppress") as entry:
             suppressed = self.working_copy()
             trace = suppress_(suppressed, self.learning, self.config, self.generator, self.bar, self.how)
-            with masked(suppressed, (), None, batch_statistics=True, how=self.how):
-                logits = predict(suppressed, self.data, self.config.batch_size, self.device)
-            evidence = weigh(logits, self.data.labels)
+            logits = self.suppressed_logits(suppressed, self.data)
             entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
-        return suppressed, evidence
+        with self.stage("perturb") as entry:
+            target = collapse_class(logits)
+            perturbations = perturb(
+                suppressed, target, self.sites, self.learning, self.config, self.generator, self.bar, self.how
+            )
+            others = self.data.subset(self.data.labels != target)
+            perturbed = torch.cat(
+                [
+                    self.suppressed_logits(suppressed, DefenceSet(others.images + one, others.labels))
+                    for one in perturbations
+                ]
+            )
+            evidence = weigh(logits, self.data.labels, perturbed)
+            entry |= {"pictures": len(others)}
+        return suppressed, evidence, perturbations
+
+    def suppressed_logits(self, suppressed: nn.Module, data: DefenceSet) -> Tensor:
+        with masked(suppressed, (), None, batch_statistics=True, how=self.how):
+            return predict(suppressed, data, self.config.batch_size, self.device)
 
     def learn_masks(self, suppressed: nn.Module) -> tuple[Tensor, Tensor]:
         with self.stage("masks") as entry:
@@ -165,58 +184,46 @@ class _Run:
             entry |= _ends(trace) | {"steps": len(trace.loss), "below_one": int((mask < 1).sum())}
         return mask, order
 
-    def select(self, mask: Tensor, order: Tensor, suppressed: nn.Module, evidence: Evidence) -> tuple[Selection, ...]:
+    def select(self, mask: Tensor, order: Tensor, evidence: Evidence) -> Selection:
         with self.stage("select") as entry:
             self.bar.stage("select", None)
             target = verdict(evidence, self.config)[1]
-            sets = select(
-                mask, order, self.plain, suppressed, self.sites, self.learning, self.held, target, self.config, self.how
+            chosen = select(
+                mask, order, self.plain, self.sites, self.learning, self.held, target, self.config, self.how
             )
-            with masked(self.plain, self.sites, sets[-1].keep.float(), how=self.how):
+            with masked(self.plain, self.sites, chosen.keep.float(), how=self.how):
                 entry |= self.held_back_metrics(self.plain)
-            entry |= {
-                "sets": [int((~chosen.keep).sum()) for chosen in sets],
-                "low": sets[-1].low,
-                "affordable": sets[-1].affordable,
-                "released": sets[-1].released,
-            }
-        return sets
+            entry |= {"low": chosen.low, "pruned": chosen.pruned}
+        return chosen
 
-    def repair(self, sets: tuple[Selection, ...]) -> tuple[Selection, nn.Module]:
-        """The first prune set whose accuracy fine-tuning brings back, else the last, and the repaired model.
+    def repair(self, chosen: Selection, evidence: Evidence, perturbations: Tensor) -> nn.Module:
+        """A pruned and fine-tuned copy, in the precision, on the device and with the flags of the caller's model.
 
-        The model is a copy in the precision, on the device and with the flags of the caller's.
+        Where nothing is pruned and no target suspected, the copy is as the model was.
         """
-        with masked(self.plain, (), None, how=self.how):
-            before = self.held_back_metrics(self.plain)["accuracy"]
-        for chosen in sets:
-            working = self.finetuned(chosen.keep)
-            if before - self.held_back_metrics(working)["accuracy"] <= self.config.repair_limit:
-                break
         repaired = copy.deepcopy(self.model).eval()
-        if not bool(chosen.keep.all()):
-            repaired.load_state_dict(working.state_dict())
-        return chosen, repaired
-
-    def finetuned(self, keep: Tensor) -> nn.Module:
-        """A pruned and fine-tuned working copy."""
+        suspected = verdict(evidence, self.config)[1] is not None
+        if not suspected and not chosen.pruned:
+            return repaired
         working = self.working_copy()
-        prune_(working, self.sites, keep)
-        if self.config.finetune_epochs and not bool(keep.all()):
+        prune_(working, self.sites, chosen.keep)
+        if self.config.finetune_epochs:
             with self.stage("fine-tune") as entry:
                 trace = finetune_(
                     working,
                     self.plain,
                     self.sites,
-                    keep,
+                    chosen.keep,
+                    perturbations if suspected else None,
                     self.learning,
                     self.config,
                     self.generator,
                     self.bar,
                     self.how,
                 )
-                entry |= _ends(trace) | {"pruned": int((~keep).sum())}
-        return working
+                entry |= _ends(trace)
+        repaired.load_state_dict(working.state_dict())
+        return repaired
 
     def held_back_metrics(self, network: nn.Module) -> dict[str, float]:
         out = predict(network, self.held, self.config.batch_size, self.device)

@@ -239,7 +239,7 @@ def test_the_fitted_network_knows_its_pictures() -> None:
 
 def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     model, data = digits_run()
-    config = PruneConfig(batch_size=16, mask_steps=12, finetune_epochs=2)
+    config = PruneConfig(batch_size=16, perturbations=3, perturbation_steps=2, mask_steps=12, finetune_epochs=2)
     calls: Counter[str] = Counter()
     held = round(0.2 * len(data[1]))
 
@@ -254,21 +254,24 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
 
     optimize, prune, select = (importlib.import_module(f"mnp_fast.{name}") for name in ("optimize", "prune", "select"))
     counting(optimize, "expose", "suppress")
+    counting(optimize, "pull", "perturb")
     counting(optimize, "eliminate", "masks")
     counting(optimize, "repair_loss", "finetune")
     counting(select, "predictions", lambda network, part, *_: f"select {len(part)}")
     counting(prune, "predict", lambda network, part, *_: f"prune {len(part)}")
     result = mnp_fast.prune(model, [data], config, progress=False)
     learning, _ = DefenceSet(*data).split(config.held_back, torch.Generator().manual_seed(0))
-    counts = end_to_end.counts_of(result.history, result.suspected_target, learning, config)
+    counts = end_to_end.counts_of(result.history, learning, config)
     assert calls["masks"] == counts.masks == 12
     assert calls["finetune"] == counts.finetune
     assert calls[f"select {held}"] == counts.plain
     # An answer that is certain after the held-back pictures asks for no others.
-    assert counts.suppressed < calls[f"select {len(learning)}"] <= counts.plain + counts.suppressed
+    assert 0 < calls[f"select {len(learning)}"] <= counts.plain
+    assert calls["perturb"] == counts.perturb == 6
     # Windows that were taken back are run and not counted.
     assert counts.suppress <= calls["suppress"]
-    assert calls[f"prune {len(data[1])}"] == counts.exposed
+    others = int((data[1] != result.evidence["collapse_class"]).sum())
+    assert calls[f"prune {len(data[1])}"] + calls[f"prune {others}"] == counts.exposed == 4
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 0), (3, 17), (18, 17), (0, 100), (64, 100)])
@@ -285,7 +288,7 @@ def test_published_stages_run_and_match(full: bool) -> None:
     model, data = digits_run()
     sites = find_sites(model, data[0][:2])
     learning, held = DefenceSet(*data).split(0.2, torch.Generator().manual_seed(0))
-    counts = Counts(suppress=7, exposed=1, masks=8, plain=2, suppressed=1, finetune=0)
+    counts = Counts(suppress=7, exposed=2, perturb=3, masks=8, plain=2, finetune=0)
     config = PruneConfig(batch_size=16)
     stages = Stages(model, sites, magnitude(model, sites), learning, held, config, torch.float32, compiled=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -44,7 +44,8 @@ def test_the_defaults_stand() -> None:
     config = PruneConfig()
     assert config == PruneConfig(**asdict(config))
     assert config.suspicion_share <= config.evidence_share
-    assert set(WHOLE) == {"batch_size", "suppression_epochs", "mask_steps", "finetune_epochs"}
+    whole = {"batch_size", "suppression_epochs", "perturbations", "perturbation_steps", "mask_steps", "finetune_epochs"}
+    assert set(WHOLE) == whole
 
 
 def test_precision() -> None:
@@ -81,11 +82,11 @@ def test_ranges(name: str) -> None:
 
 
 def test_the_least_of_each() -> None:
-    for name in ("suppression_epochs", "mask_steps"):
+    for name in ("suppression_epochs", "perturbations", "perturbation_steps", "mask_steps"):
         refused(**{name: 0})
         assert getattr(PruneConfig(**{name: 1}), name) == 1
     refused(batch_size=1)  # batch statistics need two
-    for name in ("suppression_rate", "mask_rate", "finetune_rate"):
+    for name in ("suppression_rate", "perturbation_size", "mask_rate", "finetune_rate"):
         refused(**{name: 0})
     for name in ("penalty", "weight_decay", "finetune_epochs"):
         assert getattr(PruneConfig(**{name: 0}), name) == 0

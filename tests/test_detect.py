@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mnp_fast import PruneConfig
-from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, verdict, weigh
+from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, collapse_class, verdict, weigh
 
 
 def answers(counts: list[int]) -> Tensor:
@@ -22,7 +22,14 @@ def answers(counts: list[int]) -> Tensor:
 
 
 def evidence(share: float, target: int = 3) -> Evidence:
-    return Evidence(classes=10, collapse_class=target, collapse_share=share, second_share=0.0, suppressed_loss=2.0)
+    return Evidence(
+        classes=10,
+        collapse_class=target,
+        collapse_share=0.3,
+        second_share=0.0,
+        suppressed_loss=2.0,
+        perturbed_share=share,
+    )
 
 
 @pytest.mark.parametrize(
@@ -31,8 +38,9 @@ def evidence(share: float, target: int = 3) -> Evidence:
 def test_weigh(counts: list[int], top: int, second: float) -> None:
     logits = answers(counts)
     labels = torch.arange(10) % len(counts)
-    found = weigh(logits, labels)
-    assert found.collapse_class == top
+    found = weigh(logits, labels, answers([1] * (len(counts) - 1) + [5]))
+    assert found.collapse_class == top == collapse_class(logits)
+    assert found.perturbed_share == pytest.approx((5 if top == len(counts) - 1 else 1) / (len(counts) + 4))
     assert found.collapse_share == pytest.approx(counts[top] / 10)
     assert found.second_share == pytest.approx(second)
     right = int((logits.argmax(1) == labels).sum())
@@ -42,14 +50,14 @@ def test_weigh(counts: list[int], top: int, second: float) -> None:
 
 def test_what_is_found_does_not_hang_on_the_labels() -> None:
     logits = answers([1, 2, 6, 1])
-    one, other = (weigh(logits, torch.full((10,), label)) for label in (0, 2))
+    one, other = (weigh(logits, torch.full((10,), label), logits) for label in (0, 2))
     assert one.collapse_class == other.collapse_class == 2
     assert one.collapse_share == other.collapse_share
     assert one.suppressed_loss > other.suppressed_loss
 
 
 def test_report_is_plain_json() -> None:
-    found = weigh(answers([1, 9]), torch.arange(10) % 2)
+    found = weigh(answers([1, 9]), torch.arange(10) % 2, answers([2, 3]))
     assert json.loads(json.dumps(found.report(), allow_nan=False)) == found.report()
     assert found.report()["collapse_share"] == found.collapse_share
 
@@ -85,19 +93,21 @@ def test_no_model_is_ever_called_clean() -> None:
 def test_from_logits_to_verdict() -> None:
     config = PruneConfig(suspicion_share=0.5, evidence_share=0.7)
     labels = torch.arange(10) % 4
-    assert verdict(weigh(answers([1, 1, 8, 0, 0]), labels), config) == (EVIDENCE, 2)
-    assert verdict(weigh(answers([6, 2, 1, 1, 0]), labels), config) == (SUSPICIOUS, 0)
-    assert verdict(weigh(answers([3, 3, 2, 2, 0]), labels), config) == (NONE_FOUND, None)
+    plain = answers([2, 2, 4, 1, 1])
+    assert verdict(weigh(plain, labels, answers([1, 1, 8, 0, 0])), config) == (EVIDENCE, 2)
+    assert verdict(weigh(plain, labels, answers([2, 2, 6, 0, 0])), config) == (SUSPICIOUS, 2)
+    assert verdict(weigh(plain, labels, answers([8, 0, 2, 0, 0])), config) == (NONE_FOUND, None)
 
 
 def test_few_classes_are_at_most_suspicious() -> None:
-    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4)
+    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, answers([0, 10, 0, 0]))
     assert verdict(found, PruneConfig()) == (SUSPICIOUS, 1)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.42, 0.5, 0.7, 0.9])
 def test_a_share_right_at_the_bound_counts(share: float) -> None:
     top = round(100 * share)
-    found = weigh(answers([top, *[1] * (100 - top)]), torch.zeros(100, dtype=torch.int64))
+    perturbed = answers([top, *[1] * (100 - top)])
+    found = weigh(answers([4, *[1] * (100 - top)]), torch.zeros(104 - top, dtype=torch.int64), perturbed)
     assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=share)) == (EVIDENCE, 0)
     assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=1.0))[0] == SUSPICIOUS

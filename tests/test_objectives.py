@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnp_fast.objectives import eliminate, expose, preserve, repair_loss
+from mnp_fast.objectives import eliminate, expose, preserve, pull, repair_loss
 
 LABELS = torch.tensor([0, 2, 1, 4, 2, 2])
 
@@ -51,11 +51,28 @@ def test_eliminate_and_preserve(alpha: float) -> None:
     suppressed, own = logits(1).requires_grad_(), logits(2).requires_grad_()
     loss = eliminate(suppressed, LABELS, alpha) + preserve(own, LABELS, alpha)
     assert loss.shape == ()
-    close(loss, alpha * cross_entropy(suppressed) + (1 - alpha) * cross_entropy(own))
+    root = cross_entropy(suppressed.detach()).sqrt()
+    close(loss, alpha * root + (1 - alpha) * cross_entropy(own))
     loss.backward()
-    for x, share in ((suppressed, alpha), (own, 1 - alpha)):
+    for x, share in ((suppressed, alpha / (2 * root)), (own, 1 - alpha)):
         assert x.grad is not None
         close(x.grad, share * (softmax(x.detach()) - F.one_hot(LABELS, 5)) / 6)
+
+
+def test_a_suppressed_model_that_is_never_wrong() -> None:
+    x = (1e4 * F.one_hot(LABELS, 5).float()).requires_grad_()
+    (gradient,) = torch.autograd.grad(eliminate(x, LABELS, 0.5), x)
+    assert not bool(gradient.any())
+
+
+@pytest.mark.parametrize("target", [0, 3, 4])
+def test_pull(target: int) -> None:
+    x = logits(3).requires_grad_()
+    loss = pull(x, target)
+    assert loss.shape == ()
+    close(loss, -softmax(x)[:, target].log().mean())
+    (gradient,) = torch.autograd.grad(loss, x)
+    close(gradient, (softmax(x.detach()) - F.one_hot(torch.full((6,), target), 5)) / 6)
 
 
 @pytest.mark.parametrize("distillation", [0.0, 0.25, 1.0])
@@ -88,6 +105,7 @@ def test_half_precision_is_computed_in_full() -> None:
         (expose(a, LABELS), expose(a.float(), LABELS)),
         (eliminate(a, LABELS, 0.4), eliminate(a.float(), LABELS, 0.4)),
         (preserve(b, LABELS, 0.4), preserve(b.float(), LABELS, 0.4)),
+        (pull(a, 2), pull(a.float(), 2)),
         (repair_loss(a, b, LABELS, 0.4), repair_loss(a.float(), b.float(), LABELS, 0.4)),
     ]
     for half, full in pairs:
@@ -97,7 +115,8 @@ def test_half_precision_is_computed_in_full() -> None:
 
 def test_confident_and_wrong_stays_finite() -> None:
     x = torch.full((6, 5), -1e4).scatter(1, ((LABELS + 1) % 5)[:, None], 1e4).requires_grad_()
-    losses = (expose(x, LABELS), eliminate(x, LABELS, 0.5), preserve(x, LABELS, 0.5), repair_loss(x, -x, LABELS, 0.5))
+    losses = (expose(x, LABELS), eliminate(x, LABELS, 0.5), preserve(x, LABELS, 0.5), pull(x, 0))
+    losses += (repair_loss(x, -x, LABELS, 0.5),)
     for loss in losses:
         (gradient,) = torch.autograd.grad(loss, x)
         assert bool(loss.isfinite())

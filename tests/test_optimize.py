@@ -325,7 +325,7 @@ def test_finetuning(known: nn.Module) -> None:
     held, names = buffers(model), {name for name, _ in model.named_parameters()}
     before, untouched, old = snapshot(model), snapshot(teacher), tensors(model)
     config = PruneConfig(batch_size=40, finetune_epochs=8, finetune_rate=0.02)
-    trace = finetune_(model, teacher, sites, keep, data, config, seeded(), QUIET)
+    trace = finetune_(model, teacher, sites, keep, None, data, config, seeded(), QUIET)
     after = snapshot(model)
     assert {key for key in after if after[key] != before[key]} <= {f"{name} bits" for name in names}
     assert snapshot(teacher) == untouched
@@ -344,7 +344,7 @@ def test_loss_and_accuracy_of_a_pass_are_means_over_the_pictures(known: nn.Modul
     data = quadrants(110)
     model, sites, keep = pruned(known, data)
     config = PruneConfig(batch_size=40, finetune_epochs=1, finetune_rate=1e-9, distillation=0, weight_decay=0)
-    trace = finetune_(model, copy.deepcopy(known), sites, keep, data, config, seeded(), QUIET)
+    trace = finetune_(model, copy.deepcopy(known), sites, keep, None, data, config, seeded(), QUIET)
     logits = predict(model, data, 40, torch.device("cpu"))
     assert trace.accuracy[0] == pytest.approx(float((logits.argmax(1) == data.labels).float().mean()), abs=1e-6)
     assert trace.loss[0] == pytest.approx(float(F.cross_entropy(logits, data.labels)), rel=1e-4)
@@ -358,7 +358,8 @@ def test_what_distillation_learns_from(known: nn.Module, distillation: float, sa
     weights = []
     for labels in (data.labels, (data.labels + 1) % 4):
         model, sites, keep = pruned(known, data)
-        finetune_(model, copy.deepcopy(known), sites, keep, DefenceSet(data.images, labels), config, seeded(), QUIET)
+        part = DefenceSet(data.images, labels)
+        finetune_(model, copy.deepcopy(known), sites, keep, None, part, config, seeded(), QUIET)
         weights.append(model[9].weight)
     assert torch.equal(*weights) == same
 
@@ -367,7 +368,8 @@ def test_no_epochs_no_change(known: nn.Module) -> None:
     data = quadrants()
     model, sites, keep = pruned(known, data)
     before = snapshot(model)
-    trace = finetune_(model, copy.deepcopy(known), sites, keep, data, PruneConfig(finetune_epochs=0), seeded(), QUIET)
+    config = PruneConfig(finetune_epochs=0)
+    trace = finetune_(model, copy.deepcopy(known), sites, keep, None, data, config, seeded(), QUIET)
     assert snapshot(model) == before
     assert trace.loss == []
 

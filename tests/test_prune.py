@@ -29,9 +29,19 @@ from mnp_fast.graph.trace import Captured
 from mnp_fast.masked import prune_
 from mnp_fast.sites import find_sites
 
-SHORT = PruneConfig(batch_size=40, suppression_stop=0.4, suppression_rate=0.02, mask_steps=25, finetune_epochs=2)
+SHORT = PruneConfig(
+    batch_size=40,
+    suppression_stop=0.4,
+    suppression_rate=0.02,
+    perturbations=2,
+    perturbation_steps=5,
+    mask_steps=25,
+    finetune_epochs=2,
+    suspicion_share=1,
+    evidence_share=1,
+)
 ALWAYS = replace(SHORT, evidence_share=0, suspicion_share=0)  # always a suspect, so that something is pruned
-NAMES = ("suppress", "masks", "select", "fine-tune")
+NAMES = ("suppress", "perturb", "masks", "select", "fine-tune")
 
 
 def loader() -> DataLoader[tuple[Tensor, ...]]:
@@ -115,14 +125,15 @@ def test_result(model: nn.Module, usual: PruneResult) -> None:
 def test_history(usual: PruneResult) -> None:
     assert [entry["stage"] for entry in usual.history] == list(NAMES)
     for entry in usual.history:
-        assert math.isfinite(entry["loss"])
-        assert 0 <= entry["accuracy"] <= 1
+        if entry["stage"] != "perturb":
+            assert math.isfinite(entry["loss"])
+            assert 0 <= entry["accuracy"] <= 1
         assert 0 < entry["seconds"] < 60
         assert entry["peak_mb"] > 10
     peaks = [entry["peak_mb"] for entry in usual.history]
     assert peaks == sorted(peaks)  # of the process so far
     assert usual.history[0]["accuracy"] <= 0.4
-    assert usual.history[-1]["pruned"] == sum(map(len, usual.pruned.values()))
+    assert usual.history[-2]["pruned"] == sum(map(len, usual.pruned.values()))
 
 
 def test_scan_says_what_prune_says(model: nn.Module, usual: PruneResult) -> None:
@@ -132,12 +143,12 @@ def test_scan_says_what_prune_says(model: nn.Module, usual: PruneResult) -> None
     assert (found.verdict, found.suspected_target) == (usual.verdict, usual.suspected_target)
     assert found.evidence.items() >= usual.evidence.items()
     assert found.evidence["neurons"] == 16
-    assert [entry["stage"] for entry in found.history] == ["suppress"]
+    assert [entry["stage"] for entry in found.history] == list(NAMES[:2])
 
 
 def test_without_finetuning_only_pruned_weights_change(model: nn.Module) -> None:
     result = run(model, config=replace(ALWAYS, finetune_epochs=0))
-    assert [entry["stage"] for entry in result.history] == list(NAMES[:3])
+    assert [entry["stage"] for entry in result.history] == list(NAMES[:-1])
     keep = torch.ones(16, dtype=torch.bool)
     keep[torch.tensor(result.pruned["1"] + [8 + i for i in result.pruned["4"]])] = False
     assert not keep.all()
@@ -151,7 +162,7 @@ def test_where_nothing_is_pruned_the_model_comes_back_as_it_was(model: nn.Module
     assert result.threshold == -1
     assert equal(state(result), dict(model.state_dict()))
     assert result.metrics["clean_accuracy_after"] == result.metrics["clean_accuracy_before"]
-    assert [entry["stage"] for entry in result.history] == list(NAMES[:3])
+    assert [entry["stage"] for entry in result.history] == list(NAMES[:-1])
 
 
 # ---------------------------------------------------------------- held-back pictures and triggered ones

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from mnp_fast import FileError, MnpFastError, PruneConfig, PruneResult, prune, scan
 from mnp_fast.io import read_weights, save_files
 
-CONFIG = PruneConfig(batch_size=40, suppression_stop=0.4, suppression_rate=0.02, mask_steps=20, finetune_epochs=1)
+CONFIG = PruneConfig(
+    batch_size=40, suppression_stop=0.4, suppression_rate=0.02, mask_steps=20, perturbation_steps=3, finetune_epochs=1
+)
 
 
 def loader() -> list[tuple[Tensor, Tensor]]:
@@ -89,7 +91,13 @@ def test_report(result: PruneResult, saved: Path) -> None:
     assert report["run"]["config"] == strict(json.dumps(CONFIG.__dict__))
     assert report["run"]["seed"] == 0
     assert report["metrics"]["asr_before"] == result.metrics["asr_before"]
-    assert [entry["stage"] for entry in report["history"]] == ["suppress", "masks", "select", "fine-tune"]
+    assert [entry["stage"] for entry in report["history"]] == [
+        "suppress",
+        "perturb",
+        "masks",
+        "select",
+        "fine-tune",
+    ]
     del report["schema_version"]
     assert report == strict(json.dumps(result.report(), allow_nan=False))
 

@@ -108,7 +108,7 @@ class Run:
         candidates = torch.ones(self.neurons).index_fill_(0, order, 0.0)
         config = replace(self.config, threshold=0.0, unsuspected_limit=BUDGET)
         both = (self.learning, self.held)
-        return select(candidates, order, self.plain, self.plain, self.sites, *both, None, config, self.how)[-1].keep
+        return select(candidates, order, self.plain, self.sites, *both, None, config, self.how).keep
 
 
 def ranked(score: Tensor) -> Order:
