@@ -34,7 +34,7 @@ class PruneConfig:
     suppression_epochs: int = 80
     """At most so many passes over the learning pictures in clean suppression."""
 
-    perturbations: int = 4
+    perturbations: int = 6
     """Universal perturbations towards the collapse class of the suppressed model. Measured."""
     perturbation_steps: int = 20
     """Steps that each of them takes. Measured."""
@@ -57,11 +57,11 @@ class PruneConfig:
     unsuspected_limit: float = 0.02
     """The same where none is: what is pruned then is a precaution, in [0, 1]. Measured."""
 
-    finetune_epochs: int = 20
+    finetune_epochs: int = 15
     """Passes of fine-tuning over the learning pictures, pruned neurons held at zero; 0 for none. Measured."""
     finetune_rate: float = 1e-2
     """First learning rate of fine-tuning, annealed to 0 by a cosine; gradients are clipped to norm 1. Measured."""
-    perturbed_pictures: float = 0.5
+    perturbed_pictures: float = 0.35
     """Share of the pictures that fine-tuning perturbs where a target is suspected, in [0, 1]. Measured."""
     distillation: float = 0.5
     """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
