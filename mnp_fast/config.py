@@ -66,9 +66,9 @@ class PruneConfig:
     distillation: float = 0.5
     """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
 
-    evidence_share: float = 0.8
+    evidence_share: float = 0.9
     """Perturbed pictures that the suppressed model puts into its collapse class: "evidence of a backdoor". Measured."""
-    suspicion_share: float = 0.65
+    suspicion_share: float = 0.7
     """The same for "suspicious". Measured."""
 
     def __post_init__(self) -> None:

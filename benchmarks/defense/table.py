@@ -151,8 +151,8 @@ def clean_table(rows: Sequence[Row]) -> str:
 def detection_table(rows: Sequence[Row]) -> str:
     """A line for each method that judges and each attack, against all clean networks; all attacks last.
 
-    AUROC of the share of clean pictures in the commonest class of the suppressed model; detected, false alarms: shares
-    with the verdict "evidence of a backdoor".
+    AUROC of the share of perturbed pictures that the suppressed model puts into its collapse class; detected, false
+    alarms: shares with the verdict "evidence of a backdoor".
     """
     columns = ["method", "attack", "runs", "AUROC", "detected", "target named", "false alarms"]
     cells = []
@@ -161,7 +161,7 @@ def detection_table(rows: Sequence[Row]) -> str:
         attacked = [row for row in of if row["der"] is not None]
         parts = [(str(attack), part) for (attack,), part in _groups(attacked, "attack").items()]
         for attack, part in [*parts, *([("all", attacked)] if len(parts) > 1 else [])]:
-            area = auroc(*([row["evidence"]["collapse_share"] for row in side] for side in (part, clean)))
+            area = auroc(*([row["evidence"]["perturbed_share"] for row in side] for side in (part, clean)))
             shown = "" if area is None else f"{area:.3f}"
             cells.append([method, attack, str(len(part)), shown, _alarms(part), _named(part), _alarms(clean)])
     return markdown(columns, cells)
