@@ -287,8 +287,8 @@ def measure(case: Case, device: torch.device, repeats: int, *, compiled: bool = 
         if passes is None:
             continue
         moved = case.moved or passes * size
-        source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
+        # Written to first: memory that nobody has touched is one page of zeros, and a copy of it reads nothing.
+        source, target = (torch.full((moved // 2,), i, dtype=torch.uint8, device=device) for i in range(2))
         calls: dict[str, Callable[[], Any]] = {"copy": partial(target.copy_, source)}
         for name, function in functions.items():
             calls[name] = _call(case, function, arguments, direction)
