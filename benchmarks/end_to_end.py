@@ -45,7 +45,7 @@ from mnp_fast.stats import magnitude
 Row = dict[str, Any]
 
 CLASSES = 10
-STAGES = ("suppress", "perturb", "masks", "select", "fine-tune")
+STAGES = ("suppress", "weigh", "masks", "perturb", "select", "fine-tune")
 NAMES = ("published", "torch_compile", "mnp_fast")
 
 
@@ -190,8 +190,9 @@ def counts_of(
     passes_of_repair = config.finetune_epochs if "fine-tune" in by else 0
     return Counts(
         suppress=sum(windows[number % len(windows)] for number in range(by["suppress"]["windows"])),
-        # As they are and with each perturbation; pictures of the collapse class are counted too.
-        exposed=1 + config.perturbations,
+        # As they are, with each perturbation and for new statistics; all as if of all pictures.
+        exposed=2 + config.perturbations,
+        weigh=config.perturbations * config.perturbation_steps,
         perturb=config.perturbations * config.perturbation_steps,
         masks=by["masks"]["steps"],
         plain=1 + probes(by["select"]["pruned"] + 1, by["select"]["low"]),

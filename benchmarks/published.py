@@ -63,13 +63,14 @@ class Timed:
 class Counts:
     """Steps of each kind in one run of mnp_fast.prune.
 
-    suppress: of ascent; exposed: evaluations of the suppressed network on all pictures; perturb: of perturbations;
-    masks: of mask learning; plain: evaluations of prune sets on learning and held-back pictures; finetune: of
-    fine-tuning.
+    suppress: of ascent; exposed: evaluations of the suppressed network on all pictures; weigh, perturb: of the
+    perturbations for evidence (batch statistics) and for fine-tuning (running ones); masks: of mask learning; plain:
+    evaluations of prune sets on learning and held-back pictures; finetune: of fine-tuning.
     """
 
     suppress: int
     exposed: int
+    weigh: int
     perturb: int
     masks: int
     plain: int
@@ -103,10 +104,11 @@ class Stages:
         yield self._suppress(counts.suppress)
         # One evaluation of all pictures.
         exposed = use_batch_statistics_(copy.deepcopy(self.exposed))
-        yield Part("suppress", self._evaluation(exposed, [self.learning, self.held]), 1, counts.exposed)
-        yield self._perturb(exposed, counts.perturb)
+        yield Part("weigh", self._evaluation(exposed, [self.learning, self.held]), 1, counts.exposed)
+        yield self._perturb("weigh", exposed, counts.weigh)
         del exposed
         yield self._masks(counts.masks)
+        yield self._perturb("perturb", copy.deepcopy(self.exposed).eval(), counts.perturb)
         yield Part("select", self._evaluation(self.masked, [self.learning, self.held]), 1, counts.plain)
         yield self._finetune(counts.finetune)
 
@@ -132,8 +134,8 @@ class Stages:
 
         return Part("suppress", step, period, count)
 
-    def _perturb(self, net: nn.Module, count: int) -> Part:
-        """Gradient steps on one universal perturbation, batch statistics in every BatchNorm."""
+    def _perturb(self, stage: str, net: nn.Module, count: int) -> Part:
+        """Gradient steps on one universal perturbation."""
         if self.compiled:
             net.requires_grad_(False)
         loss_of = self._loss(net)
@@ -148,7 +150,7 @@ class Stages:
             assert moving.grad is not None
             perturbation.sub_(1e-3 * moving.grad / moving.grad.norm().clamp_min(1e-12))
 
-        return Part("perturb", step, period, count)
+        return Part(stage, step, period, count)
 
     def _masks(self, count: int) -> Part:
         """Projected SGD on the masks of both networks; ``self.masked`` and ``self.masked_exposed`` afterwards."""

@@ -35,11 +35,14 @@ class PruneConfig:
     """At most so many passes over the learning pictures in clean suppression."""
 
     perturbations: int = 6
-    """Universal perturbations towards the collapse class of the suppressed model. Measured."""
+    """Universal perturbations on the suppressed model: so many for evidence, and again for fine-tuning. Measured."""
     perturbation_steps: int = 20
     """Steps that each of them takes. Measured."""
-    perturbation_size: float = 0.5
-    """Their L2 norm over the mean L2 norm of the pictures' deviation from the mean of each channel. Measured."""
+    evidence_size: float = 0.5
+    """Size of those for evidence, made with batch statistics: their L2 norm over the mean L2 norm of the pictures'
+    deviation from the mean of each channel. Measured."""
+    perturbation_size: float = 0.2
+    """The same of those for fine-tuning, made with recalibrated statistics. Measured."""
 
     alpha: float = 0.7
     """Weight of the loss of the suppressed model against that of the model itself, in [0, 1]. Measured: .5 to .9."""
@@ -63,6 +66,8 @@ class PruneConfig:
     """First learning rate of fine-tuning, annealed to 0 by a cosine; gradients are clipped to norm 1. Measured."""
     perturbed_pictures: float = 0.35
     """Share of the pictures that fine-tuning perturbs where a target is suspected, in [0, 1]. Measured."""
+    unsuspected_pictures: float = 0.15
+    """The same where none is: a precaution against what the verdict misses, in [0, 1]. Measured."""
     distillation: float = 0.5
     """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
 
@@ -102,6 +107,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "suppression_epochs": (1, math.inf),
     "perturbations": (1, math.inf),
     "perturbation_steps": (1, math.inf),
+    "evidence_size": (_TINY, math.inf),
     "perturbation_size": (_TINY, math.inf),
     "alpha": (0, 1),
     "mask_rate": (_TINY, math.inf),
@@ -110,6 +116,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "accuracy_limit": (0, 1),
     "unsuspected_limit": (0, 1),
     "perturbed_pictures": (0, 1),
+    "unsuspected_pictures": (0, 1),
     "finetune_rate": (_TINY, 1.0),
     "distillation": (0, 1),
     "evidence_share": (0, 1),

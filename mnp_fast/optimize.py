@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
@@ -94,47 +97,75 @@ def suppress_(
 
 def perturb(
     suppressed: nn.Module,
-    target: int,
+    targets: Sequence[int],
     sites: Sequence[Site],
     data: DefenceSet,
     config: PruneConfig,
     generator: torch.Generator,
     progress: Progress,
     how: Execution = MODULES,
+    *,
+    size: float,
+    batch_statistics: bool = False,
 ) -> Tensor:
-    """Universal perturbations (Moosavi-Dezfooli et al., arXiv 1610.08401) that pull pictures into class ``target``.
+    """Universal perturbations (Moosavi-Dezfooli et al., arXiv 1610.08401), one for each class of ``targets``.
 
     Each is one picture that is added to all: normalised gradient steps from a random start, kept within a ball. What
-    pulls every picture into the class at once does what the trigger does, and the suppressed model, whose clean
-    function is gone and whose norms take out a common shift, shows little else (docs/decisions.md).
+    pulls every picture into a class at once does what the trigger does, and the suppressed model, whose clean function
+    is gone, shows little else. With batch statistics the norms take out much of what all pictures share, triggers too:
+    what pulls even so is evidence. With recalibrated ones (`recalibrate_`) triggers work in full (docs/decisions.md).
 
-    target: the class that the suppressed model predicts most often. Returns (perturbations, ...) float32, each in the
-    shape of a picture, on the device of the data.
+    size: L2 norm over the mean L2 norm of the pictures' deviation from the mean of each channel. Returns
+    (len(targets), ...) float32, each in the shape of a picture, on the device of the data.
     """
-    others = data.subset(data.labels != target)
-    pictures = others if len(others) else data
-    images = pictures.images
-    spread = images - images.mean([0, *range(2, images.dim())], keepdim=True)
-    size = config.perturbation_size * float(spread.flatten(1).norm(dim=1).mean())
-    ones = torch.ones(sum(site.neurons for site in sites), device=images.device)
-    steps = _endless(lambda: pictures.batches(config.batch_size, generator))
+    spread = data.images - data.images.mean([0, *range(2, data.images.dim())], keepdim=True)
+    radius = size * float(spread.flatten(1).norm(dim=1).mean())
+    ones = torch.ones(sum(site.neurons for site in sites), device=data.images.device)
     found = []
-    progress.stage("perturb", config.perturbations * config.perturbation_steps)
-    with masked(suppressed, sites, ones, batch_statistics=True, how=how):
-        for _ in range(config.perturbations):
+    with masked(suppressed, sites, ones, batch_statistics=batch_statistics, how=how):
+        for target in targets:
+            others = data.subset(data.labels != target)
+            pictures = others if len(others) else data
+            steps = _endless(partial(pictures.batches, config.batch_size, generator))
             # Drawn on the CPU: the same numbers whatever the device.
-            start = torch.randn(images.shape[1:], generator=generator).to(images.device)
-            perturbation = start * (_PERTURBATION_STEP / 2 * size / start.norm().clamp_min(1e-12))
+            start = torch.randn(data.images.shape[1:], generator=generator).to(data.images.device)
+            perturbation = start * (_PERTURBATION_STEP / 2 * radius / start.norm().clamp_min(1e-12))
             for _ in range(config.perturbation_steps):
                 perturbation.requires_grad_()
                 loss = pull(logits_of(suppressed(next(steps)[0] + perturbation)), target)
                 (gradient,) = torch.autograd.grad(loss, perturbation)
                 with torch.no_grad():
-                    moved = perturbation - gradient * (_PERTURBATION_STEP * size / gradient.norm().clamp_min(1e-12))
-                    perturbation = moved * (size / moved.norm().clamp_min(1e-12)).clamp_max(1.0)
+                    moved = perturbation - gradient * (_PERTURBATION_STEP * radius / gradient.norm().clamp_min(1e-12))
+                    perturbation = moved * (radius / moved.norm().clamp_min(1e-12)).clamp_max(1.0)
                 progress.update(1)
             found.append(perturbation)
     return torch.stack(found)
+
+
+@torch.no_grad()
+def recalibrate_(model: nn.Module, data: DefenceSet, config: PruneConfig) -> None:
+    """Give every BatchNorm, as running statistics, the mean of what it has on batches of ``data``; in place."""
+    sums: dict[_BatchNorm, list[Tensor]] = {}
+
+    def note(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        (x,) = inputs
+        part = [len(x) * moment for moment in torch.var_mean(x.float(), [0, *range(2, x.dim())], correction=0)]
+        part.append(torch.tensor(float(len(x)), device=x.device))
+        sums[norm] = [old + new for old, new in zip(sums[norm], part, strict=True)] if norm in sums else part
+
+    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
+    hooks = [norm.register_forward_pre_hook(note) for norm in norms]
+    try:
+        with masked(model, (), None, batch_statistics=True):
+            predict(model, data, config.batch_size, data.images.device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for norm, (var, mean, count) in sums.items():
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.copy_(mean / count)
+        norm.running_var.copy_(var / count)
 
 
 def learn_masks(
@@ -184,7 +215,8 @@ def finetune_(
     teacher: nn.Module,
     sites: Sequence[Site],
     keep: Tensor,
-    perturbations: Tensor | None,
+    perturbations: Tensor,
+    perturbed: float,
     data: DefenceSet,
     config: PruneConfig,
     generator: torch.Generator,
@@ -197,8 +229,9 @@ def finetune_(
     (distillation at temperature 2, Hinton et al., arXiv 1503.02531): on clean pictures its backdoor is silent, and its
     soft answers bring back 1 to 2 points of accuracy that labels alone do not. SGD with momentum, cosine annealing and
     clipped gradients: without clipping accuracy swung by 15 points between neighbouring prune sets (docs/decisions.md).
-    With perturbations, as `perturb` gives them, a share of the pictures of every batch has a random one added, scaled
-    by a random number from 0 to 1: without, fine-tuning brings part of the backdoor back. keep: (neurons,) bool.
+    A share ``perturbed`` of the pictures of every batch has a random one of the perturbations, as `perturb` gives them,
+    added, scaled by a random number from 0 to 1: without, fine-tuning brings part of the backdoor back.
+    keep: (neurons,) bool.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -218,8 +251,7 @@ def finetune_(
             readings = _Readings()
             for images, rows in numbered.batches(_finetune_batch(config), generator, device):
                 labels = right[rows]
-                if perturbations is not None:
-                    add_perturbations_(images, perturbations, config.perturbed_pictures, generator)
+                add_perturbations_(images, perturbations, perturbed, generator)
                 logits = logits_of(model(images))
                 loss = repair_loss(logits, answers[rows], labels, config.distillation)
                 optimizer.zero_grad()

@@ -8,6 +8,7 @@ any view, window or shift, and no architecture has to be known by name.
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,7 +110,7 @@ def rows_along(index: Tensor, dim: int) -> list[int] | None:
     return rows
 
 
-class Provenance(TorchFunctionMode):
+class Provenance(TorchFunctionMode, ABC):
     """Follows tags through every torch function called inside; a subclass says in ``layer`` what makes them."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -117,9 +118,9 @@ class Provenance(TorchFunctionMode):
         self._weights = {id(t) for t in [*model.parameters(), *model.buffers()]}
         self._tags: dict[int, tuple[weakref.ref[Tensor], Tag | None]] = {}
 
+    @abstractmethod
     def layer(self, call: Call, outputs: list[Tensor]) -> Sequence[Tag | None] | None:
         """Tags of the outputs of a function that makes neurons; None for any other function."""
-        raise NotImplementedError
 
     def seen(self, tensor: Tensor) -> bool:
         known = self._tags.get(id(tensor))

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from mnp_fast import __version__
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
-from mnp_fast.detect import Evidence, collapse_class, verdict, weigh
+from mnp_fast.detect import Evidence, collapse_classes, verdict, weigh
 from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked, prune_
 from mnp_fast.memory import kept
 from mnp_fast.ops.cpu_backend import usable_isas
-from mnp_fast.optimize import Trace, finetune_, learn_masks, perturb, predict, suppress_
+from mnp_fast.optimize import Trace, finetune_, learn_masks, perturb, predict, recalibrate_, suppress_
 from mnp_fast.progress import Progress
 from mnp_fast.result import PruneResult, ScanResult
 from mnp_fast.select import Selection, select
@@ -62,11 +62,13 @@ def prune(
         triggered = collect(triggered_loader, seed=seed, what="triggered_loader", min_pictures=1, min_classes=1)
         check_model(model, triggered)
     with run.stages():
-        suppressed, evidence, perturbations = run.expose()
+        suppressed, evidence, classes, perturbations = run.expose()
+        target = verdict(evidence, run.config)[1]
         mask, order = run.learn_masks(suppressed)
+        perturbations = run.perturb(suppressed, classes, perturbations if target is not None else None)
         del suppressed
-        selection = run.select(mask, order, evidence)
-        repaired = run.repair(selection, evidence, perturbations)
+        selection = run.select(mask, order, target)
+        repaired = run.repair(selection, target is not None, perturbations)
     return run.result(evidence, mask, selection, repaired, triggered)
 
 
@@ -82,9 +84,12 @@ def scan(
     """The verdict without the repair: clean suppression and what it shows. Arguments and errors as for `prune`."""
     run = _Run(model, loader, config, device, seed, progress)
     with run.stages():
-        _, evidence, _ = run.expose()
+        evidence = run.expose()[1]
     found, target = verdict(evidence, run.config)
     return ScanResult(found, target, evidence.report() | run.statistics(), run.history, run.report())
+
+
+_UNSUSPECTED_CLASSES = 3  # of the suppressed model's commonest, perturbed towards where none of them is suspected
 
 
 @dataclass
@@ -141,28 +146,53 @@ class _Run:
             torch.manual_seed(self.seed)
             yield
 
-    def expose(self) -> tuple[nn.Module, Evidence, Tensor]:
-        """The suppressed model, what it says, and perturbations towards the class that it collapses on."""
+    def expose(self) -> tuple[nn.Module, Evidence, list[int], Tensor]:
+        """The suppressed model, what it says, the classes that it predicts (commonest first), and perturbations."""
         with self.stage("suppress") as entry:
             suppressed = self.working_copy()
             trace = suppress_(suppressed, self.learning, self.config, self.generator, self.bar, self.how)
-            logits = self.suppressed_logits(suppressed, self.data)
             entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
-        with self.stage("perturb") as entry:
-            target = collapse_class(logits)
-            perturbations = perturb(
-                suppressed, target, self.sites, self.learning, self.config, self.generator, self.bar, self.how
-            )
-            others = self.data.subset(self.data.labels != target)
-            perturbed = torch.cat(
-                [
-                    self.suppressed_logits(suppressed, DefenceSet(others.images + one, others.labels))
-                    for one in perturbations
-                ]
-            )
-            evidence = weigh(logits, self.data.labels, perturbed)
+        with self.stage("weigh") as entry:
+            logits = self.suppressed_logits(suppressed, self.data)
+            classes = collapse_classes(logits)
+            towards = [classes[0]] * self.config.perturbations
+            found = self.perturbations("weigh", suppressed, towards, self.config.evidence_size, batch_statistics=True)
+            others = self.data.subset(self.data.labels != classes[0])
+            perturbed = [
+                self.suppressed_logits(suppressed, DefenceSet(others.images + one, others.labels)) for one in found
+            ]
+            evidence = weigh(logits, self.data.labels, torch.cat(perturbed))
             entry |= {"pictures": len(others)}
-        return suppressed, evidence, perturbations
+        return suppressed, evidence, classes, found
+
+    def perturb(self, suppressed: nn.Module, classes: list[int], suspicious: Tensor | None) -> Tensor:
+        """Perturbations for fine-tuning: towards the suspected class, or else in turn towards the commonest.
+
+        suspicious: those that made the class suspected, which belong to them; None where no class is.
+        """
+        with self.stage("perturb"):
+            recalibrate_(suppressed, self.learning, self.config)
+            towards = classes[: _UNSUSPECTED_CLASSES if suspicious is None else 1]
+            targets = [towards[i % len(towards)] for i in range(self.config.perturbations)]
+            found = self.perturbations("perturb", suppressed, targets, self.config.perturbation_size)
+            return found if suspicious is None else torch.cat([suspicious, found])
+
+    def perturbations(
+        self, stage: str, suppressed: nn.Module, targets: list[int], size: float, batch_statistics: bool = False
+    ) -> Tensor:
+        self.bar.stage(stage, len(targets) * self.config.perturbation_steps)
+        return perturb(
+            suppressed,
+            targets,
+            self.sites,
+            self.learning,
+            self.config,
+            self.generator,
+            self.bar,
+            self.how,
+            size=size,
+            batch_statistics=batch_statistics,
+        )
 
     def suppressed_logits(self, suppressed: nn.Module, data: DefenceSet) -> Tensor:
         with masked(suppressed, (), None, batch_statistics=True, how=self.how):
@@ -184,10 +214,9 @@ class _Run:
             entry |= _ends(trace) | {"steps": len(trace.loss), "below_one": int((mask < 1).sum())}
         return mask, order
 
-    def select(self, mask: Tensor, order: Tensor, evidence: Evidence) -> Selection:
+    def select(self, mask: Tensor, order: Tensor, target: int | None) -> Selection:
         with self.stage("select") as entry:
             self.bar.stage("select", None)
-            target = verdict(evidence, self.config)[1]
             chosen = select(
                 mask, order, self.plain, self.sites, self.learning, self.held, target, self.config, self.how
             )
@@ -196,15 +225,11 @@ class _Run:
             entry |= {"low": chosen.low, "pruned": chosen.pruned}
         return chosen
 
-    def repair(self, chosen: Selection, evidence: Evidence, perturbations: Tensor) -> nn.Module:
-        """A pruned and fine-tuned copy, in the precision, on the device and with the flags of the caller's model.
-
-        Where nothing is pruned and no target suspected, the copy is as the model was.
-        """
+    def repair(self, chosen: Selection, suspected: bool, perturbations: Tensor) -> nn.Module:
+        """A pruned and fine-tuned copy, in the precision, on the device and with the flags of the caller's model."""
         repaired = copy.deepcopy(self.model).eval()
-        suspected = verdict(evidence, self.config)[1] is not None
-        if not suspected and not chosen.pruned:
-            return repaired
+        if not chosen.pruned and not self.config.finetune_epochs:
+            return repaired  # not by way of float32
         working = self.working_copy()
         prune_(working, self.sites, chosen.keep)
         if self.config.finetune_epochs:
@@ -214,7 +239,8 @@ class _Run:
                     self.plain,
                     self.sites,
                     chosen.keep,
-                    perturbations if suspected else None,
+                    perturbations,
+                    self.config.perturbed_pictures if suspected else self.config.unsuspected_pictures,
                     self.learning,
                     self.config,
                     self.generator,

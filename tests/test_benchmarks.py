@@ -259,6 +259,7 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     counting(optimize, "repair_loss", "finetune")
     counting(select, "predictions", lambda network, part, *_: f"select {len(part)}")
     counting(prune, "predict", lambda network, part, *_: f"prune {len(part)}")
+    counting(optimize, "predict", lambda network, part, *_: f"optimize {len(part)}")
     result = mnp_fast.prune(model, [data], config, progress=False)
     learning, _ = DefenceSet(*data).split(config.held_back, torch.Generator().manual_seed(0))
     counts = end_to_end.counts_of(result.history, learning, config)
@@ -267,11 +268,14 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     assert calls[f"select {held}"] == counts.plain
     # An answer that is certain after the held-back pictures asks for no others.
     assert 0 < calls[f"select {len(learning)}"] <= counts.plain
-    assert calls["perturb"] == counts.perturb == 6
+    assert calls["perturb"] == counts.weigh + counts.perturb == 12
     # Windows that were taken back are run and not counted.
     assert counts.suppress <= calls["suppress"]
     others = int((data[1] != result.evidence["collapse_class"]).sum())
-    assert calls[f"prune {len(data[1])}"] + calls[f"prune {others}"] == counts.exposed == 4
+    assert calls[f"prune {len(data[1])}"] + calls[f"prune {others}"] == 4
+    # New statistics, and the answers of the teacher.
+    assert calls[f"optimize {len(learning)}"] == 2
+    assert counts.exposed == 5
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 0), (3, 17), (18, 17), (0, 100), (64, 100)])
@@ -288,7 +292,7 @@ def test_published_stages_run_and_match(full: bool) -> None:
     model, data = digits_run()
     sites = find_sites(model, data[0][:2])
     learning, held = DefenceSet(*data).split(0.2, torch.Generator().manual_seed(0))
-    counts = Counts(suppress=7, exposed=2, perturb=3, masks=8, plain=2, finetune=0)
+    counts = Counts(suppress=7, exposed=2, weigh=3, perturb=3, masks=8, plain=2, finetune=0)
     config = PruneConfig(batch_size=16)
     stages = Stages(model, sites, magnitude(model, sites), learning, held, config, torch.float32, compiled=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -15,11 +15,20 @@ from torch import Tensor, nn
 from mnp_fast import ModelError, PruneConfig, optimize
 from mnp_fast.data import DefenceSet
 from mnp_fast.masked import masked, prune_
-from mnp_fast.optimize import finetune_, learn_masks, predict, suppress_
+from mnp_fast.optimize import (
+    add_perturbations_,
+    finetune_,
+    learn_masks,
+    perturb,
+    predict,
+    recalibrate_,
+    suppress_,
+)
 from mnp_fast.progress import Progress
 from mnp_fast.sites import find_sites, total_neurons
 
 QUIET = Progress(False)
+NONE = torch.zeros(1, 1, 6, 6)  # perturbations that are not used
 RATES = (0.002, 0.02, 0.2, 1.0)
 
 
@@ -325,7 +334,7 @@ def test_finetuning(known: nn.Module) -> None:
     held, names = buffers(model), {name for name, _ in model.named_parameters()}
     before, untouched, old = snapshot(model), snapshot(teacher), tensors(model)
     config = PruneConfig(batch_size=40, finetune_epochs=8, finetune_rate=0.02)
-    trace = finetune_(model, teacher, sites, keep, None, data, config, seeded(), QUIET)
+    trace = finetune_(model, teacher, sites, keep, NONE, 0.0, data, config, seeded(), QUIET)
     after = snapshot(model)
     assert {key for key in after if after[key] != before[key]} <= {f"{name} bits" for name in names}
     assert snapshot(teacher) == untouched
@@ -344,7 +353,7 @@ def test_loss_and_accuracy_of_a_pass_are_means_over_the_pictures(known: nn.Modul
     data = quadrants(110)
     model, sites, keep = pruned(known, data)
     config = PruneConfig(batch_size=40, finetune_epochs=1, finetune_rate=1e-9, distillation=0, weight_decay=0)
-    trace = finetune_(model, copy.deepcopy(known), sites, keep, None, data, config, seeded(), QUIET)
+    trace = finetune_(model, copy.deepcopy(known), sites, keep, NONE, 0.0, data, config, seeded(), QUIET)
     logits = predict(model, data, 40, torch.device("cpu"))
     assert trace.accuracy[0] == pytest.approx(float((logits.argmax(1) == data.labels).float().mean()), abs=1e-6)
     assert trace.loss[0] == pytest.approx(float(F.cross_entropy(logits, data.labels)), rel=1e-4)
@@ -359,7 +368,7 @@ def test_what_distillation_learns_from(known: nn.Module, distillation: float, sa
     for labels in (data.labels, (data.labels + 1) % 4):
         model, sites, keep = pruned(known, data)
         part = DefenceSet(data.images, labels)
-        finetune_(model, copy.deepcopy(known), sites, keep, None, part, config, seeded(), QUIET)
+        finetune_(model, copy.deepcopy(known), sites, keep, NONE, 0.0, part, config, seeded(), QUIET)
         weights.append(model[9].weight)
     assert torch.equal(*weights) == same
 
@@ -369,9 +378,72 @@ def test_no_epochs_no_change(known: nn.Module) -> None:
     model, sites, keep = pruned(known, data)
     before = snapshot(model)
     config = PruneConfig(finetune_epochs=0)
-    trace = finetune_(model, copy.deepcopy(known), sites, keep, None, data, config, seeded(), QUIET)
+    trace = finetune_(model, copy.deepcopy(known), sites, keep, NONE, 0.0, data, config, seeded(), QUIET)
     assert snapshot(model) == before
     assert trace.loss == []
+
+
+# ---------------------------------------------------------------- perturbations
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_perturbations_pull_into_their_classes(known: nn.Module, batch_statistics: bool) -> None:
+    model, data, targets = copy.deepcopy(known), quadrants(), [2, 0, 2]
+    sites = find_sites(model, data.images[:2])
+    before = snapshot(model)
+    config = PruneConfig(batch_size=40, perturbation_steps=15)
+    found = perturb(model, targets, sites, data, config, seeded(), QUIET, size=1.5, batch_statistics=batch_statistics)
+    assert snapshot(model) == before
+    assert found.shape == (3, 1, 6, 6)
+    norms = found.flatten(1).norm(dim=1)
+    radius = 1.5 * float((data.images - data.images.mean()).flatten(1).norm(dim=1).mean())
+    torch.testing.assert_close(norms, torch.full_like(norms, radius))
+    random = torch.randn(6, 6, generator=seeded())
+    with masked(model, (), None, batch_statistics=batch_statistics), torch.no_grad():
+        for one, target in zip(found, targets, strict=True):
+            others = data.images[data.labels != target]
+            shares = [
+                float((model(others + shift).argmax(1) == target).float().mean())
+                for shift in (one, random * radius / random.norm())
+            ]
+            assert shares[0] > 0.9 > 0.6 > shares[1]
+    assert not torch.equal(found[0], found[2])
+
+
+def test_recalibrated_statistics_are_those_of_the_pictures(known: nn.Module) -> None:
+    data, model = quadrants(), copy.deepcopy(known)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with masked(model, (), None, batch_statistics=True), torch.no_grad():
+        whole = model(data.images)
+    recalibrate_(model, data, PruneConfig(batch_size=120))
+    torch.testing.assert_close(model(data.images), whole, rtol=1e-4, atol=1e-4)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"{layer}.running_{what}" for layer in (1, 4) for what in ("mean", "var")}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    # Batches of unequal size count by their pictures.
+    other = copy.deepcopy(known)
+    recalibrate_(other, data, PruneConfig(batch_size=50))
+    torch.testing.assert_close(other.get_buffer("1.running_mean"), model.get_buffer("1.running_mean"))
+
+
+def test_networks_without_statistics_have_nothing_to_recalibrate() -> None:
+    networks = (nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), nn.BatchNorm2d(1, track_running_stats=False))
+    for network in networks:
+        before = snapshot(network)
+        recalibrate_(network, quadrants(), PruneConfig())
+        assert snapshot(network) == before
+
+
+def test_a_share_of_a_batch_is_perturbed() -> None:
+    perturbations = torch.randn(3, 1, 6, 6, generator=seeded())
+    images = torch.zeros(10, 1, 6, 6)
+    add_perturbations_(images, perturbations, 0.5, seeded())
+    assert not images[5:].any()
+    for image in images[:5]:
+        scales = (image / perturbations).flatten(1)
+        fits = [torch.allclose(scale, scale[0].expand_as(scale), atol=1e-3) for scale in scales]
+        assert sum(fits) == 1
+        assert 0 <= float(scales[fits.index(True)][0]) <= 1
+    add_perturbations_(images.zero_(), perturbations, 0.0, seeded())
+    assert not images.any()
 
 
 # ---------------------------------------------------------------- predict

@@ -41,7 +41,8 @@ SHORT = PruneConfig(
     evidence_share=1,
 )
 ALWAYS = replace(SHORT, evidence_share=0, suspicion_share=0)  # always a suspect, so that something is pruned
-NAMES = ("suppress", "perturb", "masks", "select", "fine-tune")
+prune_module = sys.modules["mnp_fast.prune"]  # the package has a function of that name
+NAMES = ("suppress", "weigh", "masks", "perturb", "select", "fine-tune")
 
 
 def loader() -> DataLoader[tuple[Tensor, ...]]:
@@ -125,7 +126,7 @@ def test_result(model: nn.Module, usual: PruneResult) -> None:
 def test_history(usual: PruneResult) -> None:
     assert [entry["stage"] for entry in usual.history] == list(NAMES)
     for entry in usual.history:
-        if entry["stage"] != "perturb":
+        if entry["stage"] not in ("weigh", "perturb"):
             assert math.isfinite(entry["loss"])
             assert 0 <= entry["accuracy"] <= 1
         assert 0 < entry["seconds"] < 60
@@ -156,13 +157,42 @@ def test_without_finetuning_only_pruned_weights_change(model: nn.Module) -> None
     assert equal(state(result), dict(model.state_dict()))
 
 
-def test_where_nothing_is_pruned_the_model_comes_back_as_it_was(model: nn.Module) -> None:
-    result = run(model, config=replace(SHORT, mask_steps=1, mask_rate=1e-9, penalty=0))
+def test_where_nothing_is_pruned_the_model_is_finetuned_all_the_same(model: nn.Module) -> None:
+    config = replace(SHORT, mask_steps=1, mask_rate=1e-9, penalty=0)
+    result = run(model, config=config)
     assert not any(result.pruned.values())
     assert result.threshold == -1
+    assert result.suspected_target is None
+    assert not equal(state(result), dict(model.state_dict()))
+    assert [entry["stage"] for entry in result.history] == list(NAMES)
+    result = run(model, config=replace(config, finetune_epochs=0))
     assert equal(state(result), dict(model.state_dict()))
     assert result.metrics["clean_accuracy_after"] == result.metrics["clean_accuracy_before"]
-    assert [entry["stage"] for entry in result.history] == list(NAMES[:-1])
+
+
+@pytest.mark.parametrize(("config", "classes", "share"), [(ALWAYS, 1, 0.25), (SHORT, 3, 0.5)])
+def test_perturbed_towards_the_suspect_or_else_the_commonest(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, config: PruneConfig, classes: int, share: float
+) -> None:
+    config = replace(config, perturbations=4, perturbed_pictures=0.25, unsuspected_pictures=0.5)
+    asked: list[Any] = []
+    for name in ("perturb", "finetune_"):
+        inner = getattr(prune_module, name)
+
+        def noted(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
+            asked.append((args, kwargs))
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(prune_module, name, noted)
+    monkeypatch.setattr(prune_module, "collapse_classes", lambda logits: [2, 1, 3, 0])
+    run(model, config=config)
+    (evidence, first), (repair, second), (finetune, _) = asked
+    assert evidence[1] == [2] * 4
+    assert first == {"size": config.evidence_size, "batch_statistics": True}
+    assert repair[1] == [2, 1, 3, 2] if classes == 3 else [2] * 4
+    assert second == {"size": config.perturbation_size, "batch_statistics": False}
+    assert finetune[4].shape == (4 if classes == 3 else 8, 1, 6, 6)
+    assert finetune[5] == share
 
 
 # ---------------------------------------------------------------- held-back pictures and triggered ones
@@ -329,7 +359,8 @@ def test_other_precisions(model: nn.Module, dtype: torch.dtype) -> None:
     assert {p.dtype for p in result.model.parameters()} == {dtype}
     assert result.model(images.to(dtype)).dtype == dtype
     assert result.metrics["clean_accuracy_after"] > 0.5
-    none = run(model, [(images.to(dtype), labels)], replace(SHORT, mask_steps=1, mask_rate=1e-9, penalty=0))
+    nothing = replace(SHORT, mask_steps=1, mask_rate=1e-9, penalty=0, finetune_epochs=0)
+    none = run(model, [(images.to(dtype), labels)], nothing)
     assert equal(state(none), dict(model.state_dict()))
 
 
@@ -398,7 +429,7 @@ class Interrupted(nn.Sequential):
 
 
 def test_interrupts_at_the_module_level(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["mnp_fast.prune"], "capture", lambda *args: Captured("not here"))
+    monkeypatch.setattr(prune_module, "capture", lambda *args: Captured("not here"))
     interrupted = Interrupted(*model.children()).train()
     before = snapshot(interrupted)
     monkeypatch.setattr(Interrupted, "calls", 0)
@@ -448,7 +479,7 @@ def test_failing_stages(
     hook = model[0].register_forward_hook(lambda module, args, output: None)
     model.train()
     before = snapshot(model)
-    monkeypatch.setattr(sys.modules["mnp_fast.prune"], stage, fails)  # the package has a function of that name
+    monkeypatch.setattr(prune_module, stage, fails)
     with pytest.raises(error):
         run(model)
     assert snapshot(model) == before

@@ -93,8 +93,9 @@ def test_report(result: PruneResult, saved: Path) -> None:
     assert report["metrics"]["asr_before"] == result.metrics["asr_before"]
     assert [entry["stage"] for entry in report["history"]] == [
         "suppress",
-        "perturb",
+        "weigh",
         "masks",
+        "perturb",
         "select",
         "fine-tune",
     ]
