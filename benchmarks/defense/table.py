@@ -3,7 +3,8 @@
 python -m benchmarks.defense table FILE... [--by attack|method|network|data|pictures|shift|config] [--write [FILE]]
 
 Written are the tables between <!-- benchmark:defense-NAME --> and <!-- /benchmark --> of docs/results.md: cases,
-methods, clean, detection, pictures.
+methods, clean, detection, pictures, curve, shifts, configs. Methods and settings are compared on the networks and seeds
+that all of them have.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="of the command run; later ones win")
     parser.add_argument("--by", choices=BY, help="print one table only: the methods, for each value of this field")
-    parser.add_argument("--method", default="mnp", help="of the table of cases (default: mnp)")
+    parser.add_argument("--method", default="mnp", help="of the tables of cases and settings (default: mnp)")
+    parser.add_argument("--section", default="defense", help="first part of the markers' names (default: defense)")
     parser.add_argument(
         "--write",
         nargs="?",
@@ -53,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         out.print(methods_table(rows, args.by), markup=False)
         return
     where = "\n".join(dict.fromkeys(described(content["environment"]) for content in contents))
-    found = {f"defense-{name}": f"{where}\n\n{text}" for name, text in tables(rows, args.method).items()}
+    found = {f"{args.section}-{name}": f"{where}\n\n{text}" for name, text in tables(rows, args.method).items()}
     if args.write is None:
         for name, text in found.items():
             out.print(f"{name}\n\n{text}\n", markup=False)
@@ -65,12 +67,16 @@ def main(args: argparse.Namespace) -> None:
 
 def tables(rows: Sequence[Row], method: str = "mnp") -> dict[str, str]:
     """Markdown by name."""
+    own = [row for row in rows if row["method"] == method]
     return {
         "cases": cases_table(usual(rows), method),
         "methods": methods_table(rows, "method"),
         "clean": clean_table(usual(rows)),
         "detection": detection_table(usual(rows)),
-        "pictures": methods_table(rows, "pictures"),
+        "pictures": methods_table(own, "pictures"),
+        "curve": curve_table(own),
+        "shifts": methods_table(own, "shift"),
+        "configs": methods_table(own, "config"),
     }
 
 
@@ -113,7 +119,8 @@ def methods_table(rows: Sequence[Row], by: str) -> str:
     names = ["method"] if by == "method" else [by, "method"]
     columns = [*names, "runs", "ACC drop", "ASR", "worst ASR", "robust ACC", "DER", "s"]
     columns += [f"test-picked threshold: {name}" for name in ("ACC", "ASR", "DER")]
-    groups = _groups([row for row in usual(rows, by) if row["der"] is not None], *names)
+    attacked = [row for row in usual(rows, by) if row["der"] is not None]
+    groups = _groups(_common(attacked, by) if by in ("method", *SETTINGS) else attacked, *names)
     order = sorted(groups, key=lambda group: (*_sortable(group[:-1]), -fmean(row["der"] for row in groups[group])))
     cells = []
     for group in order:
@@ -133,6 +140,21 @@ def methods_table(rows: Sequence[Row], by: str) -> str:
             ]
         )
     return markdown(columns, cells)
+
+
+def curve_table(rows: Sequence[Row]) -> str:
+    """A line an attack: ASR, and in brackets the drop of ACC, with each number of pictures, over the same networks."""
+    of = _common([row for row in usual(rows, "pictures") if row["der"] is not None], "pictures")
+    counts = sorted({row["pictures"] for row in of})
+    cells = []
+    for (attack,), part in _groups(of, "attack").items():
+        line = [str(attack)]
+        for count in counts:
+            here = [row for row in part if row["pictures"] == count]
+            drop = fmean(row["acc_before"] - row["acc_after"] for row in here)
+            line.append(f"{_mean(here, 'asr_after')} ({drop:.3f})")
+        cells.append(line)
+    return markdown(["attack", *map(str, counts)], cells)
 
 
 def clean_table(rows: Sequence[Row]) -> str:
@@ -175,6 +197,13 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
 
 
 # ---------------------------------------------------------------- cells
+def _common(rows: Sequence[Row], by: str) -> list[Row]:
+    """Rows of the networks and seeds that every value of ``by`` has."""
+    having = [{(row["case"], row["seed"]) for row in part} for part in _groups(rows, by).values()]
+    common = set.intersection(*having) if having else set()
+    return [row for row in rows if (row["case"], row["seed"]) in common]
+
+
 def _groups(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
