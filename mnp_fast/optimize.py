@@ -147,14 +147,14 @@ def recalibrate_(model: nn.Module, data: DefenceSet, config: PruneConfig) -> Non
     """Give every BatchNorm, as running statistics, the mean of what it has on batches of ``data``; in place."""
     sums: dict[_BatchNorm, list[Tensor]] = {}
 
-    def note(norm: Any, inputs: tuple[Tensor, ...]) -> None:
-        (x,) = inputs
+    def note(norm: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = args[0] if args else kwargs["input"]
         part = [len(x) * moment for moment in torch.var_mean(x.float(), [0, *range(2, x.dim())], correction=0)]
         part.append(torch.tensor(float(len(x)), device=x.device))
         sums[norm] = [old + new for old, new in zip(sums[norm], part, strict=True)] if norm in sums else part
 
     norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
-    hooks = [norm.register_forward_pre_hook(note) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(note, with_kwargs=True) for norm in norms]
     try:
         with masked(model, (), None, batch_statistics=True):
             predict(model, data, config.batch_size, data.images.device)

@@ -44,6 +44,9 @@ def prune(
 ) -> PruneResult:
     """Look for a backdoor in an image classifier and prune the neurons that carry it.
 
+    Where none is suspected, the copy is still pruned a little and fine-tuned, as a precaution against what the verdict
+    misses; `scan` gives the verdict alone. Stages: docs/method.md.
+
     model: any nn.Module whose output is logits (b, classes), or has them as ``.logits``; in any mode, on any device. It
         is never changed, also where the run fails or is interrupted; the result holds a repaired copy.
     loader: re-iterable of clean (images, labels) batches, or of mappings with pixel_values and labels; some hundreds of
