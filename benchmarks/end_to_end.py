@@ -5,11 +5,11 @@
 The network is random, its last layer fitted by ridge regression on its features of the pictures, which are random and
 depend on their class. mnp_fast runs whole. The others make a few real steps of every stage, whose mean is multiplied by
 the number of steps that the mnp_fast run has made ("extrapolated": true); --full makes all of them. Windows that
-suppression took back, a few evaluations of held-back pictures alone, and preparation are in the time of mnp_fast only:
-all in favour of the others. torch_compile: computes in --dtype, and its total counts compiling. On CUDA peak memory is
-that of the whole run; on a CPU see benchmarks.step. Compared with a reference: loss and, in float32, gradient of the
-first step of mask learning; the exit status is 1 where they differ. In bfloat16 the gradient of a random network on
-batch statistics says nothing: plain autocast is off by .4 (resnet18) to 1.2 (resnet50).
+suppression took back, evaluations of held-back pictures alone and of classes tried, and preparation are in the time of
+mnp_fast only: all in favour of the others. torch_compile: computes in --dtype, and its total counts compiling. On CUDA
+peak memory is that of the whole run; on a CPU see benchmarks.step. Compared with a reference: loss and, in float32,
+gradient of the first step of mask learning; the exit status is 1 where they differ. In bfloat16 the gradient of a random
+network says nothing: plain autocast is off by .4 (resnet18) to 1.2 (resnet50) on batch statistics.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from mnp_fast.stats import magnitude
 Row = dict[str, Any]
 
 CLASSES = 10
-STAGES = ("suppress", "weigh", "masks", "perturb", "select", "fine-tune")
+STAGES = ("suppress", "weigh", "perturb", "masks", "select", "fine-tune")
 NAMES = ("published", "torch_compile", "mnp_fast")
 
 
@@ -166,9 +166,8 @@ def own_check(model: nn.Module, sites: Sequence[Site], learning: DefenceSet, con
     device = next(model.parameters()).device
     images, labels = next(learning.batches(config.batch_size, device=device))
     mask = torch.ones(sum(site.neurons for site in sites), device=device, requires_grad=True)
-    with masked(model, sites, mask, batch_statistics=True):
-        loss = eliminate(logits_of(model(images)), labels, config.alpha)
     with masked(model, sites, mask):
+        loss = eliminate(logits_of(model(images)), labels, config.alpha)
         loss = loss + preserve(logits_of(model(images)), labels, config.alpha)
     (gradient,) = torch.autograd.grad(loss, mask)
     expected = mask_objective(model, model, sites, images, labels, config.alpha, False)
@@ -193,7 +192,8 @@ def counts_of(
         # As they are, with each perturbation and for new statistics; all as if of all pictures.
         exposed=2 + config.perturbations,
         weigh=config.perturbations * config.perturbation_steps,
-        perturb=config.perturbations * config.perturbation_steps,
+        perturb=config.perturbations * config.perturbation_steps
+        + by["perturb"]["tried"] * (config.perturbation_steps // 2),
         masks=by["masks"]["steps"],
         plain=1 + probes(by["select"]["pruned"] + 1, by["select"]["low"]),
         finetune=passes_of_repair * math.ceil(len(learning) / max(2, config.batch_size // 2)),

@@ -1,9 +1,10 @@
 """The stages of a whole run in plain torch, in two styles, as baselines of `mnp_fast.prune`.
 
-published: float32, contiguous NCHW, a parameter of masks a layer, BatchNorm of both networks in training mode while
+published: float32, contiguous NCHW, a parameter of masks a layer, BatchNorm of the clean network in training mode while
 masks are learned, weights not frozen. torch_compile: channels_last, autocast, weights frozen while masks are learned,
 running statistics in the clean network, forward and loss compiled. Objectives, batches, rates and clipping are those of
 mnp_fast's configuration; how many steps a stage makes is the caller's, so that two styles make equally many.
+In favour of these styles, perturbations are not added to the pictures of masks and fine-tuning.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from benchmarks.providers import (
 from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
 from mnp_fast.objectives import repair_loss
+from mnp_fast.optimize import recalibrate_
 from mnp_fast.sites import Site, site_parameter
 
 _CLIP = 1.0
@@ -64,8 +66,8 @@ class Counts:
     """Steps of each kind in one run of mnp_fast.prune.
 
     suppress: of ascent; exposed: evaluations of the suppressed network on all pictures; weigh, perturb: of the
-    perturbations for evidence (batch statistics) and for fine-tuning (running ones); masks: of mask learning; plain:
-    evaluations of prune sets on learning and held-back pictures; finetune: of fine-tuning.
+    perturbations for evidence (batch statistics) and for repair (recalibrated ones, half batches); masks: of mask
+    learning; plain: evaluations of prune sets on learning and held-back pictures; finetune: of fine-tuning.
     """
 
     suppress: int
@@ -105,10 +107,12 @@ class Stages:
         # One evaluation of all pictures.
         exposed = use_batch_statistics_(copy.deepcopy(self.exposed))
         yield Part("weigh", self._evaluation(exposed, [self.learning, self.held]), 1, counts.exposed)
-        yield self._perturb("weigh", exposed, counts.weigh)
+        yield self._perturb("weigh", exposed, counts.weigh, self.config.batch_size)
         del exposed
+        self.exposed.eval()
+        recalibrate_(self.exposed, self.learning, self.config)
+        yield self._perturb("perturb", copy.deepcopy(self.exposed), counts.perturb, self._half_batch)
         yield self._masks(counts.masks)
-        yield self._perturb("perturb", copy.deepcopy(self.exposed).eval(), counts.perturb)
         yield Part("select", self._evaluation(self.masked, [self.learning, self.held]), 1, counts.plain)
         yield self._finetune(counts.finetune)
 
@@ -134,12 +138,12 @@ class Stages:
 
         return Part("suppress", step, period, count)
 
-    def _perturb(self, stage: str, net: nn.Module, count: int) -> Part:
+    def _perturb(self, stage: str, net: nn.Module, count: int, batch_size: int) -> Part:
         """Gradient steps on one universal perturbation."""
         if self.compiled:
             net.requires_grad_(False)
         loss_of = self._loss(net)
-        batches, period = self._batches(self.config.batch_size)
+        batches, period = self._batches(batch_size)
         perturbation = torch.zeros_like(self.learning.images[:1])
 
         def step() -> None:
@@ -165,7 +169,6 @@ class Stages:
                 frozen(net, masks)
         else:
             use_batch_statistics_(self.masked)
-        use_batch_statistics_(self.masked_exposed)
         losses = [self._loss(net) for net in nets]
         batches, period = self._batches(self.config.batch_size)
         alpha = self.config.alpha
@@ -219,8 +222,7 @@ class Stages:
             for site, weight in zip(self.sites, weights, strict=True)
         ]
         parameters = list(net.parameters())
-        batch = max(2, self.config.batch_size // 2)
-        batches, period = self._batches(batch)
+        batches, period = self._batches(self._half_batch)
         optimizer = torch.optim.SGD(
             parameters, lr=self.config.finetune_rate, momentum=DECAY, weight_decay=self.config.weight_decay
         )
@@ -263,6 +265,10 @@ class Stages:
         return relative_errors(self.mask_loss, self.mask_gradient, *expected)
 
     # ------------------------------------------------------------ pieces
+    @property
+    def _half_batch(self) -> int:
+        return max(2, self.config.batch_size // 2)
+
     def _copy(self, model: nn.Module) -> nn.Module:
         net = copy.deepcopy(model).eval().requires_grad_(True)
         return to_channels_last(net) if self.compiled else net
@@ -300,12 +306,12 @@ def mask_objective(
 ) -> tuple[float, Tensor]:
     """(loss, gradient) of mask learning where all masks are one, by the reference.
 
-    batch_statistics: of the clean network, too; the suppressed one always has them.
+    batch_statistics: of the clean network; the suppressed one has its own.
     """
     ones = torch.ones(sum(site.neurons for site in sites), device=images.device)
     terms = [
         reference(net, sites, ones, images, labels, batch_statistics=mode)
-        for net, mode in ((exposed, True), (model, batch_statistics))
+        for net, mode in ((exposed, False), (model, batch_statistics))
     ]
     (loss, gradient), (clean_loss, clean_gradient) = terms
     root = math.sqrt(loss)

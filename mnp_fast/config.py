@@ -35,17 +35,17 @@ class PruneConfig:
     """At most so many passes over the learning pictures in clean suppression."""
 
     perturbations: int = 6
-    """Universal perturbations on the suppressed model: so many for evidence, and again for fine-tuning. Measured."""
+    """Universal perturbations on the suppressed model: so many for evidence, and again for repair. Measured."""
     perturbation_steps: int = 20
     """Steps that each of them takes. Measured."""
     evidence_size: float = 0.5
     """Size of those for evidence, made with batch statistics: their L2 norm over the mean L2 norm of the pictures'
     deviation from the mean of each channel. Measured."""
     perturbation_size: float = 0.2
-    """The same of those for fine-tuning, made with recalibrated statistics. Measured."""
+    """The same of those for masks and fine-tuning, made with recalibrated statistics. Measured."""
 
-    alpha: float = 0.7
-    """Weight of the loss of the suppressed model against that of the model itself, in [0, 1]. Measured: .5 to .9."""
+    alpha: float = 0.3
+    """Weight of the loss of the suppressed model against that of the model itself, in [0, 1]. Measured."""
     penalty: float = 2e-3
     """lambda of the paper's weight penalty on mask times magnitude; 0 for none. Measured."""
     mask_rate: float = 0.05
@@ -56,9 +56,7 @@ class PruneConfig:
     threshold: float = 0.65
     """Neurons whose masks are up to this may be pruned, in [0, 1). Measured."""
     accuracy_limit: float = 0.08
-    """Accuracy that pruning may cost before fine-tuning where a target is suspected, in [0, 1]. Measured."""
-    unsuspected_limit: float = 0.02
-    """The same where none is: what is pruned then is a precaution, in [0, 1]. Measured."""
+    """Accuracy that pruning may cost before fine-tuning, in [0, 1]. Measured."""
 
     finetune_epochs: int = 15
     """Passes of fine-tuning over the learning pictures, pruned neurons held at zero; 0 for none. Measured."""
@@ -114,7 +112,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "mask_steps": (1, math.inf),
     "threshold": (0, 0.99),
     "accuracy_limit": (0, 1),
-    "unsuspected_limit": (0, 1),
     "perturbed_pictures": (0, 1),
     "unsuspected_pictures": (0, 1),
     "finetune_rate": (_TINY, 1.0),

@@ -39,11 +39,11 @@ class Evidence:
         return asdict(self)
 
 
-def collapse_classes(suppressed_logits: Tensor) -> list[int]:
-    """Classes that the suppressed model predicts, commonest first, of equals the first; from logits (n, classes)."""
-    counts = torch.bincount(suppressed_logits.argmax(1))
-    order: list[int] = counts.argsort(descending=True, stable=True).tolist()
-    return order[: int((counts > 0).sum())]
+def commonest(logits: Tensor, count: int) -> list[int]:
+    """The ``count`` classes predicted most often, commonest first, of equals the first; from logits (n, classes)."""
+    predicted = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
+    found: list[int] = predicted.argsort(descending=True, stable=True)[:count].tolist()
+    return found
 
 
 def weigh(suppressed_logits: Tensor, labels: Tensor, perturbed_logits: Tensor) -> Evidence:
@@ -53,7 +53,7 @@ def weigh(suppressed_logits: Tensor, labels: Tensor, perturbed_logits: Tensor) -
     Clean suppression takes the clean function away; where a backdoor stays behind, it pulls clean pictures into its
     target class, and what little must be added to pull all of them is found easily. Limits: docs/method.md, "Verdict".
     """
-    found = collapse_classes(suppressed_logits)[0]
+    found = commonest(suppressed_logits, 1)[0]
     counts = torch.bincount(suppressed_logits.argmax(1), minlength=suppressed_logits.shape[1])
     shares = counts.double() / len(labels)
     top = shares.topk(2)

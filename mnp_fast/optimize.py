@@ -106,6 +106,7 @@ def perturb(
     how: Execution = MODULES,
     *,
     size: float,
+    steps: int,
     batch_statistics: bool = False,
 ) -> Tensor:
     """Universal perturbations (Moosavi-Dezfooli et al., arXiv 1610.08401), one for each class of ``targets``.
@@ -113,7 +114,8 @@ def perturb(
     Each is one picture that is added to all: normalised gradient steps from a random start, kept within a ball. What
     pulls every picture into a class at once does what the trigger does, and the suppressed model, whose clean function
     is gone, shows little else. With batch statistics the norms take out much of what all pictures share, triggers too:
-    what pulls even so is evidence. With recalibrated ones (`recalibrate_`) triggers work in full (docs/decisions.md).
+    what pulls even so is evidence. With recalibrated ones (`recalibrate_`) triggers work in full (docs/decisions.md),
+    and half a batch is enough for a step.
 
     size: L2 norm over the mean L2 norm of the pictures' deviation from the mean of each channel. Returns
     (len(targets), ...) float32, each in the shape of a picture, on the device of the data.
@@ -126,13 +128,14 @@ def perturb(
         for target in targets:
             others = data.subset(data.labels != target)
             pictures = others if len(others) else data
-            steps = _endless(partial(pictures.batches, config.batch_size, generator))
+            batch_size = config.batch_size if batch_statistics else _half_batch(config)
+            batches = _endless(partial(pictures.batches, batch_size, generator))
             # Drawn on the CPU: the same numbers whatever the device.
             start = torch.randn(data.images.shape[1:], generator=generator).to(data.images.device)
             perturbation = start * (_PERTURBATION_STEP / 2 * radius / start.norm().clamp_min(1e-12))
-            for _ in range(config.perturbation_steps):
+            for _ in range(steps):
                 perturbation.requires_grad_()
-                loss = pull(logits_of(suppressed(next(steps)[0] + perturbation)), target)
+                loss = pull(logits_of(suppressed(next(batches)[0] + perturbation)), target)
                 (gradient,) = torch.autograd.grad(loss, perturbation)
                 with torch.no_grad():
                     moved = perturbation - gradient * (_PERTURBATION_STEP * radius / gradient.norm().clamp_min(1e-12))
@@ -171,6 +174,7 @@ def recalibrate_(model: nn.Module, data: DefenceSet, config: PruneConfig) -> Non
 def learn_masks(
     model: nn.Module,
     suppressed: nn.Module,
+    perturbations: Tensor,
     sites: Sequence[Site],
     magnitude: Tensor,
     data: DefenceSet,
@@ -179,26 +183,31 @@ def learn_masks(
     progress: Progress,
     how: Execution = MODULES,
 ) -> tuple[Tensor, Tensor, Trace]:
-    """Masks that raise the suppressed model's clean accuracy while the model keeps its own; projected SGD on [0, 1].
+    """Masks that raise the suppressed model's accuracy while the model keeps its own; projected SGD on [0, 1].
 
-    magnitude: (neurons,) float32. Returns (masks, order, trace): the masks, (neurons,) float32, all starting from one;
-    the order in which neurons are to be pruned, (neurons,) int64, by mask and, among equal masks such as the many that
-    end at 0, by how hard the loss presses them down (the momentum, an average of the gradient).
+    The suppressed model has recalibrated statistics and sees pictures with perturbations, as `perturb` gives them,
+    scaled by random numbers from 0 to 1: what pulls them is near to the trigger, and the neurons that carry it fall
+    first (docs/decisions.md, "Perturbed pictures for the masks"). The model sees the pictures as they are.
+    perturbations: (k, ...) in the shape of a picture. magnitude: (neurons,) float32. Returns (masks, order, trace):
+    the masks, (neurons,) float32, all starting from one; the order in which neurons are to be pruned, (neurons,) int64,
+    by mask and, among equal masks such as the many that end at 0, by how hard the loss presses them down (the momentum,
+    an average of the gradient).
     """
     mask = torch.ones_like(magnitude, requires_grad=True)
     momentum = torch.zeros_like(magnitude)
     trace, readings = Trace(), _Readings()
     progress.stage("masks", config.mask_steps)
     steps = _endless(lambda: data.batches(config.batch_size, generator, magnitude.device))
-    with masked(suppressed, sites, mask, batch_statistics=True, how=how), masked(model, sites, mask, how=how):
+    with masked(suppressed, sites, mask, how=how), masked(model, sites, mask, how=how):
         for _ in range(config.mask_steps):
             images, labels = next(steps)
             # One network after the other: what the first has kept for its gradient is gone before the second runs.
-            loss = eliminate(logits_of(suppressed(images)), labels, config.alpha)
-            (gradient,) = torch.autograd.grad(loss, mask)
             logits = logits_of(model(images))
             preserved = preserve(logits, labels, config.alpha)
-            gradient += torch.autograd.grad(preserved, mask)[0]
+            (gradient,) = torch.autograd.grad(preserved, mask)
+            add_perturbations_(images, perturbations, 1.0, generator)
+            loss = eliminate(logits_of(suppressed(images)), labels, config.alpha)
+            gradient += torch.autograd.grad(loss, mask)[0]
             mask_step_(
                 mask, momentum, gradient, magnitude, rate=config.mask_rate, decay=_MOMENTUM, penalty=config.penalty
             )
@@ -237,7 +246,7 @@ def finetune_(
     optimizer = torch.optim.SGD(
         parameters, lr=config.finetune_rate, momentum=_MOMENTUM, weight_decay=config.weight_decay
     )
-    total = config.finetune_epochs * math.ceil(len(data) / _finetune_batch(config))
+    total = config.finetune_epochs * math.ceil(len(data) / _half_batch(config))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total))
     device = keep.device
     trace = Trace()
@@ -249,7 +258,7 @@ def finetune_(
     with masked(model, (), None, how=how):
         for _ in range(config.finetune_epochs):
             readings = _Readings()
-            for images, rows in numbered.batches(_finetune_batch(config), generator, device):
+            for images, rows in numbered.batches(_half_batch(config), generator, device):
                 labels = right[rows]
                 add_perturbations_(images, perturbations, perturbed, generator)
                 logits = logits_of(model(images))
@@ -290,7 +299,7 @@ def predictions(model: nn.Module, data: DefenceSet, batch_size: int, device: tor
         yield logits
 
 
-def _finetune_batch(config: PruneConfig) -> int:
+def _half_batch(config: PruneConfig) -> int:
     return max(2, config.batch_size // 2)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mnp_fast import __version__
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
-from mnp_fast.detect import Evidence, collapse_classes, verdict, weigh
+from mnp_fast.detect import Evidence, commonest, verdict, weigh
 from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked, prune_
@@ -65,12 +65,12 @@ def prune(
         triggered = collect(triggered_loader, seed=seed, what="triggered_loader", min_pictures=1, min_classes=1)
         check_model(model, triggered)
     with run.stages():
-        suppressed, evidence, classes, perturbations = run.expose()
+        suppressed, evidence = run.expose()
         target = verdict(evidence, run.config)[1]
-        mask, order = run.learn_masks(suppressed)
-        perturbations = run.perturb(suppressed, classes, perturbations if target is not None else None)
+        perturbations = run.perturb(suppressed, target)
+        mask, order = run.learn_masks(suppressed, perturbations)
         del suppressed
-        selection = run.select(mask, order, target)
+        selection = run.select(mask, order)
         repaired = run.repair(selection, target is not None, perturbations)
     return run.result(evidence, mask, selection, repaired, triggered)
 
@@ -92,7 +92,8 @@ def scan(
     return ScanResult(found, target, evidence.report() | run.statistics(), run.history, run.report())
 
 
-_UNSUSPECTED_CLASSES = 3  # of the suppressed model's commonest, perturbed towards where none of them is suspected
+_CANDIDATES = 10
+"""Classes of the suppressed model that are tried where none is suspected, commonest first."""
 
 
 @dataclass
@@ -149,41 +150,61 @@ class _Run:
             torch.manual_seed(self.seed)
             yield
 
-    def expose(self) -> tuple[nn.Module, Evidence, list[int], Tensor]:
-        """The suppressed model, what it says, the classes that it predicts (commonest first), and perturbations."""
+    def expose(self) -> tuple[nn.Module, Evidence]:
+        """The suppressed model, and what it says."""
         with self.stage("suppress") as entry:
             suppressed = self.working_copy()
             trace = suppress_(suppressed, self.learning, self.config, self.generator, self.bar, self.how)
             entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
         with self.stage("weigh") as entry:
             logits = self.suppressed_logits(suppressed, self.data)
-            classes = collapse_classes(logits)
-            towards = [classes[0]] * self.config.perturbations
+            towards = commonest(logits, 1) * self.config.perturbations
             found = self.perturbations("weigh", suppressed, towards, self.config.evidence_size, batch_statistics=True)
-            others = self.data.subset(self.data.labels != classes[0])
+            others = self.data.subset(self.data.labels != towards[0])
             perturbed = [
                 self.suppressed_logits(suppressed, DefenceSet(others.images + one, others.labels)) for one in found
             ]
             evidence = weigh(logits, self.data.labels, torch.cat(perturbed))
             entry |= {"pictures": len(others)}
-        return suppressed, evidence, classes, found
+        return suppressed, evidence
 
-    def perturb(self, suppressed: nn.Module, classes: list[int], suspicious: Tensor | None) -> Tensor:
-        """Perturbations for fine-tuning: towards the suspected class, or else in turn towards the commonest.
+    def perturb(self, suppressed: nn.Module, target: int | None) -> Tensor:
+        """Perturbations for masks and fine-tuning: towards the suspected class, or else the one that pulls best.
 
-        suspicious: those that made the class suspected, which belong to them; None where no class is.
+        Gives the suppressed model recalibrated statistics, which it keeps.
         """
-        with self.stage("perturb"):
+        with self.stage("perturb") as entry:
             recalibrate_(suppressed, self.learning, self.config)
-            towards = classes[: _UNSUSPECTED_CLASSES if suspicious is None else 1]
-            targets = [towards[i % len(towards)] for i in range(self.config.perturbations)]
-            found = self.perturbations("perturb", suppressed, targets, self.config.perturbation_size)
-            return found if suspicious is None else torch.cat([suspicious, found])
+            size, tried = self.config.perturbation_size, []
+            if target is None:
+                logits = predict(suppressed, self.learning, self.config.batch_size, self.device)
+                tried = commonest(logits, _CANDIDATES)
+                # Half as far in half as many steps tells the classes apart.
+                each = self.perturbations("perturb", suppressed, tried, size / 2, self.config.perturbation_steps // 2)
+                shares = [self.pulled(suppressed, one, way) for one, way in zip(each, tried, strict=True)]
+                target = tried[max(range(len(tried)), key=shares.__getitem__)]
+            found = self.perturbations("perturb", suppressed, [target] * self.config.perturbations, size)
+            entry |= {"class": target, "tried": len(tried)}
+        return found
+
+    def pulled(self, suppressed: nn.Module, perturbation: Tensor, target: int) -> float:
+        """Share of the learning pictures of other classes that go to ``target`` once they are perturbed."""
+        others = self.learning.subset(self.learning.labels != target)
+        images = DefenceSet(others.images + perturbation, others.labels)
+        logits = predict(suppressed, images, self.config.batch_size, self.device)
+        return float((logits.argmax(1) == target).double().mean())
 
     def perturbations(
-        self, stage: str, suppressed: nn.Module, targets: list[int], size: float, batch_statistics: bool = False
+        self,
+        stage: str,
+        suppressed: nn.Module,
+        targets: list[int],
+        size: float,
+        steps: int | None = None,
+        batch_statistics: bool = False,
     ) -> Tensor:
-        self.bar.stage(stage, len(targets) * self.config.perturbation_steps)
+        steps = self.config.perturbation_steps if steps is None else max(1, steps)
+        self.bar.stage(stage, len(targets) * steps)
         return perturb(
             suppressed,
             targets,
@@ -194,6 +215,7 @@ class _Run:
             self.bar,
             self.how,
             size=size,
+            steps=steps,
             batch_statistics=batch_statistics,
         )
 
@@ -201,11 +223,12 @@ class _Run:
         with masked(suppressed, (), None, batch_statistics=True, how=self.how):
             return predict(suppressed, data, self.config.batch_size, self.device)
 
-    def learn_masks(self, suppressed: nn.Module) -> tuple[Tensor, Tensor]:
+    def learn_masks(self, suppressed: nn.Module, perturbations: Tensor) -> tuple[Tensor, Tensor]:
         with self.stage("masks") as entry:
             mask, order, trace = learn_masks(
                 self.plain,
                 suppressed,
+                perturbations,
                 self.sites,
                 self.magnitude,
                 self.learning,
@@ -217,12 +240,10 @@ class _Run:
             entry |= _ends(trace) | {"steps": len(trace.loss), "below_one": int((mask < 1).sum())}
         return mask, order
 
-    def select(self, mask: Tensor, order: Tensor, target: int | None) -> Selection:
+    def select(self, mask: Tensor, order: Tensor) -> Selection:
         with self.stage("select") as entry:
             self.bar.stage("select", None)
-            chosen = select(
-                mask, order, self.plain, self.sites, self.learning, self.held, target, self.config, self.how
-            )
+            chosen = select(mask, order, self.plain, self.sites, self.learning, self.held, self.config, self.how)
             with masked(self.plain, self.sites, chosen.keep.float(), how=self.how):
                 entry |= self.held_back_metrics(self.plain)
             entry |= {"low": chosen.low, "pruned": chosen.pruned}

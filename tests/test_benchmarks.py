@@ -268,13 +268,16 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     assert calls[f"select {held}"] == counts.plain
     # An answer that is certain after the held-back pictures asks for no others.
     assert 0 < calls[f"select {len(learning)}"] <= counts.plain
-    assert calls["perturb"] == counts.weigh + counts.perturb == 12
+    tried = result.history[2]["tried"]
+    assert calls["perturb"] == counts.weigh + counts.perturb == 12 + tried
     # Windows that were taken back are run and not counted.
     assert counts.suppress <= calls["suppress"]
     others = int((data[1] != result.evidence["collapse_class"]).sum())
     assert calls[f"prune {len(data[1])}"] + calls[f"prune {others}"] == 4
     # New statistics, and the answers of the teacher.
     assert calls[f"optimize {len(learning)}"] == 2
+    # Classes to try, where none is suspected.
+    assert calls[f"prune {len(learning)}"] == bool(tried)
     assert counts.exposed == 5
 
 

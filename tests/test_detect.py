@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mnp_fast import PruneConfig
-from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, collapse_classes, verdict, weigh
+from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, commonest, verdict, weigh
 
 
 def answers(counts: list[int]) -> Tensor:
@@ -39,7 +39,7 @@ def test_weigh(counts: list[int], top: int, second: float) -> None:
     logits = answers(counts)
     labels = torch.arange(10) % len(counts)
     found = weigh(logits, labels, answers([1] * (len(counts) - 1) + [5]))
-    assert found.collapse_class == top == collapse_classes(logits)[0]
+    assert found.collapse_class == top == commonest(logits, 1)[0]
     assert found.perturbed_share == pytest.approx((5 if top == len(counts) - 1 else 1) / (len(counts) + 4))
     assert found.collapse_share == pytest.approx(counts[top] / 10)
     assert found.second_share == pytest.approx(second)

@@ -218,11 +218,12 @@ def test_masks(known: nn.Module) -> None:
     config = PruneConfig(batch_size=40, suppression_rate=0.02, mask_steps=25, mask_rate=0.1)
     suppressed = copy.deepcopy(known)
     suppress_(suppressed, data, config, seeded(), QUIET)
+    recalibrate_(suppressed, data, config)
     sites = find_sites(model, data.images[:2])
     both = model, suppressed
     before = [snapshot(network) for network in both]
     magnitude = torch.linspace(0.5, 1.5, 16)
-    masks, order, trace = learn_masks(*both, sites, magnitude, data, config, seeded(), QUIET)
+    masks, order, trace = learn_masks(*both, NONE, sites, magnitude, data, config, seeded(), QUIET)
     assert [snapshot(network) for network in both] == before
     assert all(p.grad is None for network in both for p in network.parameters())
     assert masks.shape == order.shape == (16,)
@@ -235,15 +236,13 @@ def test_masks(known: nn.Module) -> None:
     assert masks[order].tolist() == sorted(masks.tolist())
     assert len(trace.loss) == len(trace.accuracy) == 25
     # Under the masks the suppressed model is less wrong than it was, and the model itself keeps its accuracy.
-    with masked(suppressed, sites, masks, batch_statistics=True):
+    with masked(suppressed, sites, masks):
         after = F.cross_entropy(predict(suppressed, data, 40, masks.device), data.labels)
-    with masked(suppressed, (), None, batch_statistics=True):
-        first = F.cross_entropy(predict(suppressed, data, 40, masks.device), data.labels)
-    assert after < first
-    again = learn_masks(*both, sites, magnitude, data, config, seeded(), QUIET)
+    assert after < F.cross_entropy(predict(suppressed, data, 40, masks.device), data.labels)
+    again = learn_masks(*both, NONE, sites, magnitude, data, config, seeded(), QUIET)
     assert torch.equal(again[0], masks)
     assert torch.equal(again[1], order)
-    other = learn_masks(*both, sites, magnitude, data, config, seeded(1), QUIET)
+    other = learn_masks(*both, NONE, sites, magnitude, data, config, seeded(1), QUIET)
     assert not torch.equal(other[0], masks)
 
 
@@ -266,7 +265,7 @@ def test_a_bad_neuron_falls_first(known: nn.Module, neuron: int) -> None:
     assert accuracy(suppressed, data, batch_statistics=True) < 0.5
     sites = find_sites(model, data.images[:2])
     config = PruneConfig(batch_size=40, mask_steps=40)
-    masks, order, _ = learn_masks(model, suppressed, sites, torch.ones(16), data, config, seeded(), QUIET)
+    masks, order, _ = learn_masks(model, suppressed, NONE, sites, torch.ones(16), data, config, seeded(), QUIET)
     assert order[0] == 8 + neuron
     assert masks[order[0]] < 0.5
     keep = torch.ones(16, dtype=torch.bool)
@@ -284,7 +283,7 @@ def test_masks_at_zero_are_ordered_by_how_early_they_fell(known: nn.Module) -> N
     magnitude = torch.arange(1.0, 17.0)[torch.randperm(16, generator=seeded())]
     config = PruneConfig(batch_size=40, mask_steps=60, mask_rate=0.1, penalty=0.05)
     sites = find_sites(blind, data.images[:2])
-    masks, order, _ = learn_masks(blind, copy.deepcopy(blind), sites, magnitude, data, config, seeded(), QUIET)
+    masks, order, _ = learn_masks(blind, copy.deepcopy(blind), NONE, sites, magnitude, data, config, seeded(), QUIET)
     assert not masks.any()
     assert order.tolist() == magnitude.argsort(descending=True).tolist()
 
@@ -296,11 +295,31 @@ def test_without_anything_that_pulls_masks_stay_at_one(known: nn.Module) -> None
     data = quadrants()
     config = PruneConfig(batch_size=40, mask_steps=5, penalty=0)
     sites = find_sites(blind, data.images[:2])
-    masks, _, _ = learn_masks(blind, copy.deepcopy(blind), sites, torch.ones(16), data, config, seeded(), QUIET)
+    masks, _, _ = learn_masks(blind, copy.deepcopy(blind), NONE, sites, torch.ones(16), data, config, seeded(), QUIET)
     assert bool((masks == 1).all())
 
 
-def test_the_suppressed_model_runs_on_batch_statistics_and_the_model_on_its_own(known: nn.Module) -> None:
+def test_only_the_suppressed_model_sees_perturbed_pictures(known: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = quadrants()
+    config = PruneConfig(batch_size=40, mask_steps=1)
+    sites = find_sites(known, data.images[:2])
+    pair = copy.deepcopy(known), copy.deepcopy(known)
+    perturbation = torch.zeros(1, 1, 6, 6)
+    perturbation[..., 0, 0] = 5.0
+    seen: list[Tensor] = []
+    for network in pair:
+        network.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    learn_masks(*pair, perturbation, sites, torch.ones(16), data, config, seeded(), QUIET)
+    images = next(data.batches(40, seeded()))[0]
+    assert torch.equal(seen[0], images)
+    added = seen[1] - images
+    assert not added[..., 1:].any()
+    scales = added[..., 0, 0].flatten() / 5.0
+    assert bool(((scales > -1e-6) & (scales < 1 + 1e-6)).all())
+    assert len(scales.unique()) > 20
+
+
+def test_both_models_run_on_their_own_statistics(known: nn.Module) -> None:
     data = quadrants()
     config = PruneConfig(batch_size=40, mask_steps=5, mask_rate=0.1)
     sites = find_sites(known, data.images[:2])
@@ -309,9 +328,9 @@ def test_the_suppressed_model_runs_on_batch_statistics_and_the_model_on_its_own(
         pair = copy.deepcopy(known), copy.deepcopy(known)
         if shifted is not None:
             pair[shifted][1].running_mean += 3.0
-        found.append(learn_masks(*pair, sites, torch.ones(16), data, config, seeded(), QUIET)[0])
+        found.append(learn_masks(*pair, NONE, sites, torch.ones(16), data, config, seeded(), QUIET)[0])
     assert not torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[2])
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -389,8 +408,8 @@ def test_perturbations_pull_into_their_classes(known: nn.Module, batch_statistic
     model, data, targets = copy.deepcopy(known), quadrants(), [2, 0, 2]
     sites = find_sites(model, data.images[:2])
     before = snapshot(model)
-    config = PruneConfig(batch_size=40, perturbation_steps=15)
-    found = perturb(model, targets, sites, data, config, seeded(), QUIET, size=1.5, batch_statistics=batch_statistics)
+    how = {"size": 1.5, "steps": 15, "batch_statistics": batch_statistics}
+    found = perturb(model, targets, sites, data, PruneConfig(batch_size=40), seeded(), QUIET, **how)
     assert snapshot(model) == before
     assert found.shape == (3, 1, 6, 6)
     norms = found.flatten(1).norm(dim=1)

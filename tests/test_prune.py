@@ -35,6 +35,7 @@ SHORT = PruneConfig(
     suppression_rate=0.02,
     perturbations=2,
     perturbation_steps=5,
+    alpha=0.7,
     mask_steps=25,
     finetune_epochs=2,
     suspicion_share=1,
@@ -42,7 +43,7 @@ SHORT = PruneConfig(
 )
 ALWAYS = replace(SHORT, evidence_share=0, suspicion_share=0)  # always a suspect, so that something is pruned
 prune_module = sys.modules["mnp_fast.prune"]  # the package has a function of that name
-NAMES = ("suppress", "weigh", "masks", "perturb", "select", "fine-tune")
+NAMES = ("suppress", "weigh", "perturb", "masks", "select", "fine-tune")
 
 
 def loader() -> DataLoader[tuple[Tensor, ...]]:
@@ -170,29 +171,55 @@ def test_where_nothing_is_pruned_the_model_is_finetuned_all_the_same(model: nn.M
     assert result.metrics["clean_accuracy_after"] == result.metrics["clean_accuracy_before"]
 
 
-@pytest.mark.parametrize(("config", "classes", "share"), [(ALWAYS, 1, 0.25), (SHORT, 3, 0.5)])
-def test_perturbed_towards_the_suspect_or_else_the_commonest(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch, config: PruneConfig, classes: int, share: float
+@pytest.mark.parametrize("suspected", [True, False])
+def test_perturbed_towards_the_suspect_or_else_the_class_that_pulls_best(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, suspected: bool
 ) -> None:
-    config = replace(config, perturbations=4, perturbed_pictures=0.25, unsuspected_pictures=0.5)
-    asked: list[Any] = []
-    for name in ("perturb", "finetune_"):
+    config = replace(ALWAYS if suspected else SHORT, perturbations=4, perturbed_pictures=0.25, unsuspected_pictures=0.5)
+    asked: dict[str, list[Any]] = {"perturb": [], "learn_masks": [], "finetune_": []}
+    given: list[Tensor] = []
+    for name in asked:
         inner = getattr(prune_module, name)
 
-        def noted(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
-            asked.append((args, kwargs))
-            return inner(*args, **kwargs)
+        def noted(*args: Any, name: str = name, inner: Any = inner, **kwargs: Any) -> Any:
+            asked[name].append((args, kwargs))
+            out = inner(*args, **kwargs)
+            if name == "perturb":
+                given.append(out)
+            return out
 
         monkeypatch.setattr(prune_module, name, noted)
-    monkeypatch.setattr(prune_module, "collapse_classes", lambda logits: [2, 1, 3, 0])
-    run(model, config=config)
-    (evidence, first), (repair, second), (finetune, _) = asked
-    assert evidence[1] == [2] * 4
-    assert first == {"size": config.evidence_size, "batch_statistics": True}
-    assert repair[1] == [2, 1, 3, 2] if classes == 3 else [2] * 4
-    assert second == {"size": config.perturbation_size, "batch_statistics": False}
-    assert finetune[4].shape == (4 if classes == 3 else 8, 1, 6, 6)
-    assert finetune[5] == share
+    monkeypatch.setattr(prune_module, "commonest", lambda logits, count: [2, 1, 3, 0][:count])
+    pulls = {2: 0.1, 1: 0.2, 3: 0.7, 0: 0.4}
+    monkeypatch.setattr(prune_module._Run, "pulled", lambda self, suppressed, one, target: pulls[target])
+    entry = run(model, config=config).history[2]
+    target = 2 if suspected else 3
+    weighed, *tried, repair = asked["perturb"]
+    size, steps = config.perturbation_size, config.perturbation_steps
+    assert weighed[0][1] == [2] * 4
+    assert weighed[1] == {"size": config.evidence_size, "steps": steps, "batch_statistics": True}
+    assert [(args[1], kwargs) for args, kwargs in tried] == (
+        [] if suspected else [([2, 1, 3, 0], {"size": size / 2, "steps": steps // 2, "batch_statistics": False})]
+    )
+    assert repair[0][1] == [target] * 4
+    assert repair[1] == {"size": size, "steps": steps, "batch_statistics": False}
+    assert (entry["class"], entry["tried"]) == (target, 0 if suspected else 4)
+    ((masks, _),) = asked["learn_masks"]
+    assert masks[2] is given[-1]
+    ((finetune, _),) = asked["finetune_"]
+    assert finetune[4] is given[-1]
+    assert finetune[5] == (0.25 if suspected else 0.5)
+
+
+def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model: nn.Module) -> None:
+    whole = prune_module._Run(model, loader(), SHORT, None, 0, False)
+    images, labels = whole.learning.images, whole.learning.labels
+    shift = torch.linspace(-2, 2, 36).view(1, 6, 6)
+    with torch.no_grad():
+        predicted = model(images + shift).argmax(1)
+    for target in range(4):
+        share = float((predicted[labels != target] == target).float().mean())
+        assert whole.pulled(model, shift, target) == pytest.approx(share)
 
 
 # ---------------------------------------------------------------- held-back pictures and triggered ones
@@ -218,14 +245,15 @@ def test_metrics_are_of_held_back_pictures_alone(model: nn.Module) -> None:
     assert "asr_before" not in result.metrics
 
 
-def test_nothing_is_learned_from_held_back_pictures(model: nn.Module, usual: PruneResult) -> None:
+def test_nothing_is_learned_from_held_back_pictures(model: nn.Module) -> None:
+    usual = run(model, config=SHORT)  # no suspect: the verdict sees all pictures, and names the class where it has one
     images, labels = batch()
     images[held_back()] = 7.0
-    other = run(model, [(images, labels)])
+    other = run(model, [(images, labels)], config=SHORT)
     assert equal(other.masks, usual.masks)
     images, labels = batch()
     images[~torch.isin(torch.arange(120), held_back())] *= 1.01
-    assert not equal(run(model, [(images, labels)]).masks, usual.masks)
+    assert not equal(run(model, [(images, labels)], config=SHORT).masks, usual.masks)
 
 
 def test_triggered_pictures_are_only_measured(model: nn.Module, usual: PruneResult) -> None:

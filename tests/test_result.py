@@ -94,8 +94,8 @@ def test_report(result: PruneResult, saved: Path) -> None:
     assert [entry["stage"] for entry in report["history"]] == [
         "suppress",
         "weigh",
-        "masks",
         "perturb",
+        "masks",
         "select",
         "fine-tune",
     ]

@@ -110,12 +110,13 @@ def test_fifty_steps_give_the_masks_of_the_reference() -> None:
     sites = find_sites(model, data.images[:2])
     captured = capture(model, sites, data.images[:2])
     assert captured.reason is None
+    perturbations = 0.5 * torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     config = PruneConfig(batch_size=40, mask_steps=50, mask_rate=0.05)
     found = []
     for how, backend in ((Execution(), "reference"), (Execution(captured), None)):
         with force_backend(backend) if backend else nullcontext():
             generator = torch.Generator().manual_seed(0)
-            arguments = (model, suppressed, sites, torch.linspace(0.5, 1.5, 16), data, config, generator)
+            arguments = (model, suppressed, perturbations, sites, torch.linspace(0.5, 1.5, 16), data, config, generator)
             found.append(learn_masks(*arguments, Progress(False), how))
     assert 0.1 < float((found[0][0] < 0.9).float().mean()) < 0.9  # some have moved and some have not
     assert float((found[0][0] - found[1][0]).abs().max()) <= 1e-4
