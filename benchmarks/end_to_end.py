@@ -8,8 +8,8 @@ the number of steps that the mnp_fast run has made ("extrapolated": true); --ful
 suppression took back, evaluations of held-back pictures alone and of classes tried, and preparation are in the time of
 mnp_fast only: all in favour of the others. torch_compile: computes in --dtype, and its total counts compiling. On CUDA
 peak memory is that of the whole run; on a CPU see benchmarks.step. Compared with a reference: loss and, in float32,
-gradient of the first step of mask learning; the exit status is 1 where they differ. In bfloat16 the gradient of a random
-network says nothing: plain autocast is off by .4 (resnet18) to 1.2 (resnet50) on batch statistics.
+gradient of the first step of mask learning; the exit status is 1 where they differ. In bfloat16 the gradient of a
+random network says nothing: plain autocast is off by .4 (resnet18) to 1.2 (resnet50) on batch statistics.
 """
 
 from __future__ import annotations
