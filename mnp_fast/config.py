@@ -41,8 +41,10 @@ class PruneConfig:
     evidence_size: float = 0.5
     """Size of those for evidence, made with batch statistics: their L2 norm over the mean L2 norm of the pictures'
     deviation from the mean of each channel. Measured."""
-    perturbation_size: float = 0.2
+    perturbation_size: float = 0.4
     """The same of those for masks and fine-tuning, made with recalibrated statistics. Measured."""
+    unsuspected_size: float = 0.2
+    """The same where no target is suspected, a precaution against what the verdict misses. Measured."""
 
     alpha: float = 0.3
     """Weight of the loss of the suppressed model against that of the model itself, in [0, 1]. Measured."""
@@ -62,10 +64,8 @@ class PruneConfig:
     """Passes of fine-tuning over the learning pictures, pruned neurons held at zero; 0 for none. Measured."""
     finetune_rate: float = 1e-2
     """First learning rate of fine-tuning, annealed to 0 by a cosine; gradients are clipped to norm 1. Measured."""
-    perturbed_pictures: float = 0.35
-    """Share of the pictures that fine-tuning perturbs where a target is suspected, in [0, 1]. Measured."""
-    unsuspected_pictures: float = 0.15
-    """The same where none is: a precaution against what the verdict misses, in [0, 1]. Measured."""
+    perturbed_pictures: float = 0.2
+    """Share of the pictures that fine-tuning perturbs, in [0, 1]. Measured."""
     distillation: float = 0.5
     """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
 
@@ -107,13 +107,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "perturbation_steps": (1, math.inf),
     "evidence_size": (_TINY, math.inf),
     "perturbation_size": (_TINY, math.inf),
+    "unsuspected_size": (_TINY, math.inf),
     "alpha": (0, 1),
     "mask_rate": (_TINY, math.inf),
     "mask_steps": (1, math.inf),
     "threshold": (0, 0.99),
     "accuracy_limit": (0, 1),
     "perturbed_pictures": (0, 1),
-    "unsuspected_pictures": (0, 1),
     "finetune_rate": (_TINY, 1.0),
     "distillation": (0, 1),
     "evidence_share": (0, 1),

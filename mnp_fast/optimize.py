@@ -225,7 +225,6 @@ def finetune_(
     sites: Sequence[Site],
     keep: Tensor,
     perturbations: Tensor,
-    perturbed: float,
     data: DefenceSet,
     config: PruneConfig,
     generator: torch.Generator,
@@ -238,9 +237,8 @@ def finetune_(
     (distillation at temperature 2, Hinton et al., arXiv 1503.02531): on clean pictures its backdoor is silent, and its
     soft answers bring back 1 to 2 points of accuracy that labels alone do not. SGD with momentum, cosine annealing and
     clipped gradients: without clipping accuracy swung by 15 points between neighbouring prune sets (docs/decisions.md).
-    A share ``perturbed`` of the pictures of every batch has a random one of the perturbations, as `perturb` gives them,
-    added, scaled by a random number from 0 to 1: without, fine-tuning brings part of the backdoor back.
-    keep: (neurons,) bool.
+    A share of the pictures of every batch has a random one of the perturbations, as `perturb` gives them, added, scaled
+    by a random number from 0 to 1: without, fine-tuning brings part of the backdoor back. keep: (neurons,) bool.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -260,7 +258,7 @@ def finetune_(
             readings = _Readings()
             for images, rows in numbered.batches(_half_batch(config), generator, device):
                 labels = right[rows]
-                add_perturbations_(images, perturbations, perturbed, generator)
+                add_perturbations_(images, perturbations, config.perturbed_pictures, generator)
                 logits = logits_of(model(images))
                 loss = repair_loss(logits, answers[rows], labels, config.distillation)
                 optimizer.zero_grad()

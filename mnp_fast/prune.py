@@ -71,7 +71,7 @@ def prune(
         mask, order = run.learn_masks(suppressed, perturbations)
         del suppressed
         selection = run.select(mask, order)
-        repaired = run.repair(selection, target is not None, perturbations)
+        repaired = run.repair(selection, perturbations)
     return run.result(evidence, mask, selection, repaired, triggered)
 
 
@@ -177,6 +177,7 @@ class _Run:
             recalibrate_(suppressed, self.learning, self.config)
             size, tried = self.config.perturbation_size, []
             if target is None:
+                size = self.config.unsuspected_size
                 logits = predict(suppressed, self.learning, self.config.batch_size, self.device)
                 tried = commonest(logits, _CANDIDATES)
                 # Half as far in half as many steps tells the classes apart.
@@ -249,7 +250,7 @@ class _Run:
             entry |= {"low": chosen.low, "pruned": chosen.pruned}
         return chosen
 
-    def repair(self, chosen: Selection, suspected: bool, perturbations: Tensor) -> nn.Module:
+    def repair(self, chosen: Selection, perturbations: Tensor) -> nn.Module:
         """A pruned and fine-tuned copy, in the precision, on the device and with the flags of the caller's model."""
         repaired = copy.deepcopy(self.model).eval()
         if not chosen.pruned and not self.config.finetune_epochs:
@@ -264,7 +265,6 @@ class _Run:
                     self.sites,
                     chosen.keep,
                     perturbations,
-                    self.config.perturbed_pictures if suspected else self.config.unsuspected_pictures,
                     self.learning,
                     self.config,
                     self.generator,

@@ -299,7 +299,7 @@ def test_without_anything_that_pulls_masks_stay_at_one(known: nn.Module) -> None
     assert bool((masks == 1).all())
 
 
-def test_only_the_suppressed_model_sees_perturbed_pictures(known: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_suppressed_model_sees_perturbed_pictures(known: nn.Module) -> None:
     data = quadrants()
     config = PruneConfig(batch_size=40, mask_steps=1)
     sites = find_sites(known, data.images[:2])
@@ -353,7 +353,7 @@ def test_finetuning(known: nn.Module) -> None:
     held, names = buffers(model), {name for name, _ in model.named_parameters()}
     before, untouched, old = snapshot(model), snapshot(teacher), tensors(model)
     config = PruneConfig(batch_size=40, finetune_epochs=8, finetune_rate=0.02)
-    trace = finetune_(model, teacher, sites, keep, NONE, 0.0, data, config, seeded(), QUIET)
+    trace = finetune_(model, teacher, sites, keep, NONE, data, config, seeded(), QUIET)
     after = snapshot(model)
     assert {key for key in after if after[key] != before[key]} <= {f"{name} bits" for name in names}
     assert snapshot(teacher) == untouched
@@ -372,7 +372,7 @@ def test_loss_and_accuracy_of_a_pass_are_means_over_the_pictures(known: nn.Modul
     data = quadrants(110)
     model, sites, keep = pruned(known, data)
     config = PruneConfig(batch_size=40, finetune_epochs=1, finetune_rate=1e-9, distillation=0, weight_decay=0)
-    trace = finetune_(model, copy.deepcopy(known), sites, keep, NONE, 0.0, data, config, seeded(), QUIET)
+    trace = finetune_(model, copy.deepcopy(known), sites, keep, NONE, data, config, seeded(), QUIET)
     logits = predict(model, data, 40, torch.device("cpu"))
     assert trace.accuracy[0] == pytest.approx(float((logits.argmax(1) == data.labels).float().mean()), abs=1e-6)
     assert trace.loss[0] == pytest.approx(float(F.cross_entropy(logits, data.labels)), rel=1e-4)
@@ -387,7 +387,7 @@ def test_what_distillation_learns_from(known: nn.Module, distillation: float, sa
     for labels in (data.labels, (data.labels + 1) % 4):
         model, sites, keep = pruned(known, data)
         part = DefenceSet(data.images, labels)
-        finetune_(model, copy.deepcopy(known), sites, keep, NONE, 0.0, part, config, seeded(), QUIET)
+        finetune_(model, copy.deepcopy(known), sites, keep, NONE, part, config, seeded(), QUIET)
         weights.append(model[9].weight)
     assert torch.equal(*weights) == same
 
@@ -397,7 +397,7 @@ def test_no_epochs_no_change(known: nn.Module) -> None:
     model, sites, keep = pruned(known, data)
     before = snapshot(model)
     config = PruneConfig(finetune_epochs=0)
-    trace = finetune_(model, copy.deepcopy(known), sites, keep, NONE, 0.0, data, config, seeded(), QUIET)
+    trace = finetune_(model, copy.deepcopy(known), sites, keep, NONE, data, config, seeded(), QUIET)
     assert snapshot(model) == before
     assert trace.loss == []
 
