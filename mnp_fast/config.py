@@ -57,8 +57,10 @@ class PruneConfig:
 
     threshold: float = 0.65
     """Neurons whose masks are up to this may be pruned, in [0, 1). Measured."""
-    accuracy_limit: float = 0.08
-    """Accuracy that pruning may cost before fine-tuning, in [0, 1]. Measured."""
+    accuracy_limit: float = 0.15
+    """Accuracy that pruning may cost before fine-tuning where a target is suspected, in [0, 1]. Measured."""
+    unsuspected_limit: float = 0.08
+    """The same where none is, in [0, 1]. Measured."""
 
     finetune_epochs: int = 15
     """Passes of fine-tuning over the learning pictures, pruned neurons held at zero; 0 for none. Measured."""
@@ -113,6 +115,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "mask_steps": (1, math.inf),
     "threshold": (0, 0.99),
     "accuracy_limit": (0, 1),
+    "unsuspected_limit": (0, 1),
     "perturbed_pictures": (0, 1),
     "finetune_rate": (_TINY, 1.0),
     "distillation": (0, 1),

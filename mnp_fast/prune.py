@@ -70,7 +70,7 @@ def prune(
         perturbations = run.perturb(suppressed, target)
         mask, order = run.learn_masks(suppressed, perturbations)
         del suppressed
-        selection = run.select(mask, order)
+        selection = run.select(mask, order, target is not None)
         repaired = run.repair(selection, perturbations)
     return run.result(evidence, mask, selection, repaired, triggered)
 
@@ -241,10 +241,11 @@ class _Run:
             entry |= _ends(trace) | {"steps": len(trace.loss), "below_one": int((mask < 1).sum())}
         return mask, order
 
-    def select(self, mask: Tensor, order: Tensor) -> Selection:
+    def select(self, mask: Tensor, order: Tensor, suspected: bool) -> Selection:
         with self.stage("select") as entry:
             self.bar.stage("select", None)
-            chosen = select(mask, order, self.plain, self.sites, self.learning, self.held, self.config, self.how)
+            limit = self.config.accuracy_limit if suspected else self.config.unsuspected_limit
+            chosen = select(mask, order, self.plain, self.sites, self.learning, self.held, limit, self.config, self.how)
             with masked(self.plain, self.sites, chosen.keep.float(), how=self.how):
                 entry |= self.held_back_metrics(self.plain)
             entry |= {"low": chosen.low, "pruned": chosen.pruned}

@@ -39,14 +39,15 @@ def select(
     sites: Sequence[Site],
     learning: DefenceSet,
     held: DefenceSet,
+    limit: float,
     config: PruneConfig,
     how: Execution = MODULES,
 ) -> Selection:
     """Of the neurons with low masks as many as accuracy allows, along ``order`` as `learn_masks` gives it.
 
-    By bisection. The limit is generous, since fine-tuning brings accuracy back. It holds for the held-back pictures and
-    for all pictures, by the paired drop less one standard error: a hundred held-back pictures alone let 9 points pass
-    for 4.
+    By bisection. limit: of the drop of accuracy before fine-tuning, which brings much of it back. It holds for the
+    held-back pictures and for all pictures, by the paired drop less one standard error: a hundred held-back pictures
+    alone let 9 points pass for 4.
     """
     low = int((mask <= config.threshold).sum())
     kept = torch.ones_like(mask)
@@ -58,7 +59,7 @@ def select(
             kept.fill_(1.0)
             kept[order[:count]] = 0.0
             now = (right for data in both for right in _right(model, data, mask.device))
-            return drop_above(config.accuracy_limit, before, now)
+            return drop_above(limit, before, now)
 
         count = max(_first(dearer, low) - 1, 0)
     keep = torch.ones_like(mask, dtype=torch.bool)

@@ -125,10 +125,10 @@ class Case:
     def order(self) -> Tensor:
         return self.mask.argsort(stable=True)
 
-    def select(self, **options: float) -> Selection:
+    def select(self, limit: float, **options: float) -> Selection:
         before = snapshot(self.model)
         config = replace(CONFIG, **options)
-        chosen = select(self.mask, self.order, self.model, self.sites, self.learning, self.held, config)
+        chosen = select(self.mask, self.order, self.model, self.sites, self.learning, self.held, limit, config)
         assert snapshot(self.model) == before
         return chosen
 
@@ -164,7 +164,7 @@ def check(case: Case, chosen: Selection) -> int:
 @pytest.mark.parametrize("limit", [0.0, 0.03, 0.1, 0.4])
 def test_accuracy_sets_the_limit(seed: int, limit: float) -> None:
     case = Case(seed)
-    chosen = case.select(threshold=0.9, accuracy_limit=limit)
+    chosen = case.select(limit, threshold=0.9)
     count = check(case, chosen)
     assert chosen.low == int((case.mask <= 0.9).sum())
     assert count == chosen.pruned <= chosen.low
@@ -175,13 +175,13 @@ def test_accuracy_sets_the_limit(seed: int, limit: float) -> None:
 def test_without_candidates_nothing_is_pruned() -> None:
     case = Case(0)
     case.mask = torch.ones(16)
-    assert check(case, case.select(accuracy_limit=1)) == 0
+    assert check(case, case.select(1.0)) == 0
 
 
 def test_a_mask_of_one_is_never_pruned() -> None:
     case = Case(1)
     case.mask = torch.ones(16)
     case.mask[[3, 9]] = 0.0
-    chosen = case.select(accuracy_limit=1)
+    chosen = case.select(1.0)
     assert bool(chosen.keep[case.mask == 1].all())
     assert check(case, chosen) == 2

@@ -106,9 +106,9 @@ class Run:
         the held-back pictures and on all.
         """
         candidates = torch.ones(self.neurons).index_fill_(0, order, 0.0)
-        config = replace(self.config, threshold=0.0, accuracy_limit=BUDGET)
+        config = replace(self.config, threshold=0.0)
         both = (self.learning, self.held)
-        return select(candidates, order, self.plain, self.sites, *both, config, self.how).keep
+        return select(candidates, order, self.plain, self.sites, *both, BUDGET, config, self.how).keep
 
 
 def ranked(score: Tensor) -> Order:
