@@ -18,7 +18,7 @@ from mnp_fast import FileError, MnpFastError, PruneConfig, PruneResult, prune, s
 from mnp_fast.io import read_weights, save_files
 
 CONFIG = PruneConfig(
-    batch_size=40, suppression_stop=0.4, suppression_rate=0.02, mask_steps=20, perturbation_steps=3, finetune_epochs=1
+    batch_size=40, suppression_stop=0.4, suppression_rate=0.02, mask_steps=40, perturbation_steps=3, finetune_epochs=1
 )
 
 
