@@ -25,7 +25,7 @@ class Evidence:
     classes: how many there are. collapse_class: the class it predicts most often; collapse_share: the share of all
     clean pictures that it puts there; second_share: the share of the class after it; suppressed_loss: its mean
     cross-entropy in nats; perturbed_share: the share of pictures of other classes that it puts into the collapse class
-    once they are perturbed, mean over the perturbations.
+    once they are perturbed, mean over the perturbations; batch_norms: whether the network has any BatchNorm.
     """
 
     classes: int
@@ -34,6 +34,7 @@ class Evidence:
     second_share: float
     suppressed_loss: float
     perturbed_share: float
+    batch_norms: bool
 
     def report(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,7 +47,7 @@ def commonest(logits: Tensor, count: int) -> list[int]:
     return found
 
 
-def weigh(suppressed_logits: Tensor, labels: Tensor, perturbed_logits: Tensor) -> Evidence:
+def weigh(suppressed_logits: Tensor, labels: Tensor, perturbed_logits: Tensor, batch_norms: bool) -> Evidence:
     """Evidence from the suppressed model's logits (n, classes) for clean pictures with ``labels`` (n,).
 
     perturbed_logits: (k, classes), for perturbed pictures of the other classes.
@@ -64,12 +65,15 @@ def weigh(suppressed_logits: Tensor, labels: Tensor, perturbed_logits: Tensor) -
         second_share=float(top.values[1]),
         suppressed_loss=float(F.cross_entropy(suppressed_logits, labels)),
         perturbed_share=float((perturbed_logits.argmax(1) == found).double().mean()),
+        batch_norms=batch_norms,
     )
 
 
 def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
     """(verdict, suspected target class or None). Never "clean": at best no evidence was found."""
-    if evidence.perturbed_share >= config.evidence_share and evidence.classes >= FEWEST_CLASSES:
+    # Without batch statistics, that take out what all pictures share, a clean network is fooled too (a ViT: 1.0).
+    sound = evidence.batch_norms and evidence.classes >= FEWEST_CLASSES
+    if evidence.perturbed_share >= config.evidence_share and sound:
         return EVIDENCE, evidence.collapse_class
     if evidence.perturbed_share >= config.suspicion_share:
         return SUSPICIOUS, evidence.collapse_class

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mnp_fast import __version__
 from mnp_fast.config import PruneConfig
@@ -164,7 +165,8 @@ class _Run:
             perturbed = [
                 self.suppressed_logits(suppressed, DefenceSet(others.images + one, others.labels)) for one in found
             ]
-            evidence = weigh(logits, self.data.labels, torch.cat(perturbed))
+            norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
+            evidence = weigh(logits, self.data.labels, torch.cat(perturbed), norms)
             entry |= {"pictures": len(others)}
         return suppressed, evidence
 

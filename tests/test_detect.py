@@ -21,7 +21,7 @@ def answers(counts: list[int]) -> Tensor:
     return 5.0 * torch.nn.functional.one_hot(predicted, len(counts)).float()
 
 
-def evidence(share: float, target: int = 3) -> Evidence:
+def evidence(share: float, target: int = 3, batch_norms: bool = True) -> Evidence:
     return Evidence(
         classes=10,
         collapse_class=target,
@@ -29,6 +29,7 @@ def evidence(share: float, target: int = 3) -> Evidence:
         second_share=0.0,
         suppressed_loss=2.0,
         perturbed_share=share,
+        batch_norms=batch_norms,
     )
 
 
@@ -38,7 +39,7 @@ def evidence(share: float, target: int = 3) -> Evidence:
 def test_weigh(counts: list[int], top: int, second: float) -> None:
     logits = answers(counts)
     labels = torch.arange(10) % len(counts)
-    found = weigh(logits, labels, answers([1] * (len(counts) - 1) + [5]))
+    found = weigh(logits, labels, answers([1] * (len(counts) - 1) + [5]), True)
     assert found.collapse_class == top == commonest(logits, 1)[0]
     assert found.perturbed_share == pytest.approx((5 if top == len(counts) - 1 else 1) / (len(counts) + 4))
     assert found.collapse_share == pytest.approx(counts[top] / 10)
@@ -50,14 +51,14 @@ def test_weigh(counts: list[int], top: int, second: float) -> None:
 
 def test_what_is_found_does_not_hang_on_the_labels() -> None:
     logits = answers([1, 2, 6, 1])
-    one, other = (weigh(logits, torch.full((10,), label), logits) for label in (0, 2))
+    one, other = (weigh(logits, torch.full((10,), label), logits, True) for label in (0, 2))
     assert one.collapse_class == other.collapse_class == 2
     assert one.collapse_share == other.collapse_share
     assert one.suppressed_loss > other.suppressed_loss
 
 
 def test_report_is_plain_json() -> None:
-    found = weigh(answers([1, 9]), torch.arange(10) % 2, answers([2, 3]))
+    found = weigh(answers([1, 9]), torch.arange(10) % 2, answers([2, 3]), True)
     assert json.loads(json.dumps(found.report(), allow_nan=False)) == found.report()
     assert found.report()["collapse_share"] == found.collapse_share
 
@@ -94,20 +95,25 @@ def test_from_logits_to_verdict() -> None:
     config = PruneConfig(suspicion_share=0.5, evidence_share=0.7)
     labels = torch.arange(10) % 4
     plain = answers([2, 2, 4, 1, 1])
-    assert verdict(weigh(plain, labels, answers([1, 1, 8, 0, 0])), config) == (EVIDENCE, 2)
-    assert verdict(weigh(plain, labels, answers([2, 2, 6, 0, 0])), config) == (SUSPICIOUS, 2)
-    assert verdict(weigh(plain, labels, answers([8, 0, 2, 0, 0])), config) == (NONE_FOUND, None)
+    assert verdict(weigh(plain, labels, answers([1, 1, 8, 0, 0]), True), config) == (EVIDENCE, 2)
+    assert verdict(weigh(plain, labels, answers([2, 2, 6, 0, 0]), True), config) == (SUSPICIOUS, 2)
+    assert verdict(weigh(plain, labels, answers([8, 0, 2, 0, 0]), True), config) == (NONE_FOUND, None)
 
 
 def test_few_classes_are_at_most_suspicious() -> None:
-    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, answers([0, 10, 0, 0]))
+    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, answers([0, 10, 0, 0]), True)
     assert verdict(found, PruneConfig()) == (SUSPICIOUS, 1)
+
+
+def test_networks_without_batch_norms_are_at_most_suspicious() -> None:
+    assert verdict(evidence(1.0, batch_norms=False), PruneConfig()) == (SUSPICIOUS, 3)
+    assert verdict(evidence(0.1, batch_norms=False), PruneConfig()) == (NONE_FOUND, None)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.42, 0.5, 0.7, 0.9])
 def test_a_share_right_at_the_bound_counts(share: float) -> None:
     top = round(100 * share)
     perturbed = answers([top, *[1] * (100 - top)])
-    found = weigh(answers([4, *[1] * (100 - top)]), torch.zeros(104 - top, dtype=torch.int64), perturbed)
+    found = weigh(answers([4, *[1] * (100 - top)]), torch.zeros(104 - top, dtype=torch.int64), perturbed, True)
     assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=share)) == (EVIDENCE, 0)
     assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=1.0))[0] == SUSPICIOUS
