@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mnp_fast import __version__
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
-from mnp_fast.detect import Evidence, commonest, verdict, weigh
+from mnp_fast.detect import Evidence, agree, certain, commonest, verdict, weigh
 from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked, prune_
@@ -96,6 +96,9 @@ def scan(
 _CANDIDATES = 10
 """Classes of the suppressed model that are tried where none is suspected, commonest first."""
 
+_NEXT_TRY = 0x9E3779B1
+"""Between the seeds of suppressed models, of which torch's CPU generator takes the lower 32 bits."""
+
 
 @dataclass
 class _Run:
@@ -152,22 +155,38 @@ class _Run:
             yield
 
     def expose(self) -> tuple[nn.Module, Evidence]:
-        """The suppressed model, and what it says."""
+        """A suppressed model, and what it and others from further orders of the pictures say together."""
+        tries: list[Evidence] = []
+        first: dict[int, nn.Module] = {}  # by class: a later model with the same class is not needed
+        while not certain(tries, self.config.suppressed_models, self.config):
+            suppressed, found = self.attempt(len(tries))
+            first.setdefault(found.collapse_class, suppressed)
+            tries.append(found)
+        number, agreed = agree(tries)
+        evidence = replace(tries[number], agreed_share=agreed)
+        return first[evidence.collapse_class], evidence
+
+    def attempt(self, number: int) -> tuple[nn.Module, Evidence]:
+        """One suppressed model, and what it says. Tries after the first leave the random numbers of the run alone."""
+        generator = (
+            torch.Generator().manual_seed((self.seed + number * _NEXT_TRY) % 2**63) if number else self.generator
+        )
         with self.stage("suppress") as entry:
             suppressed = self.working_copy()
-            trace = suppress_(suppressed, self.learning, self.config, self.generator, self.bar, self.how)
+            trace = suppress_(suppressed, self.learning, self.config, generator, self.bar, self.how)
             entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
         with self.stage("weigh") as entry:
             logits = self.suppressed_logits(suppressed, self.data)
-            towards = commonest(logits, 1) * self.config.perturbations
-            found = self.perturbations("weigh", suppressed, towards, self.config.evidence_size, batch_statistics=True)
+            towards = commonest(logits, 1) * self.config.evidence_perturbations
+            size = self.config.evidence_size
+            found = self.perturbations("weigh", suppressed, towards, size, generator, batch_statistics=True)
             others = self.data.subset(self.data.labels != towards[0])
             perturbed = [
                 self.suppressed_logits(suppressed, DefenceSet(others.images + one, others.labels)) for one in found
             ]
             norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
             evidence = weigh(logits, self.data.labels, torch.cat(perturbed), norms)
-            entry |= {"pictures": len(others)}
+            entry |= {"pictures": len(others), "class": evidence.collapse_class, "share": evidence.perturbed_share}
         return suppressed, evidence
 
     def perturb(self, suppressed: nn.Module, target: int | None) -> Tensor:
@@ -183,10 +202,12 @@ class _Run:
                 logits = predict(suppressed, self.learning, self.config.batch_size, self.device)
                 tried = commonest(logits, _CANDIDATES)
                 # Half as far in half as many steps tells the classes apart.
-                each = self.perturbations("perturb", suppressed, tried, size / 2, self.config.perturbation_steps // 2)
+                steps = self.config.perturbation_steps // 2
+                each = self.perturbations("perturb", suppressed, tried, size / 2, self.generator, steps)
                 shares = [self.pulled(suppressed, one, way) for one, way in zip(each, tried, strict=True)]
                 target = tried[max(range(len(tried)), key=shares.__getitem__)]
-            found = self.perturbations("perturb", suppressed, [target] * self.config.perturbations, size)
+            towards = [target] * self.config.perturbations
+            found = self.perturbations("perturb", suppressed, towards, size, self.generator)
             entry |= {"class": target, "tried": len(tried)}
         return found
 
@@ -203,6 +224,7 @@ class _Run:
         suppressed: nn.Module,
         targets: list[int],
         size: float,
+        generator: torch.Generator,
         steps: int | None = None,
         batch_statistics: bool = False,
     ) -> Tensor:
@@ -214,7 +236,7 @@ class _Run:
             self.sites,
             self.learning,
             self.config,
-            self.generator,
+            generator,
             self.bar,
             self.how,
             size=size,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from mnp_fast import PruneConfig
-from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, commonest, verdict, weigh
+from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, agree, certain, commonest, verdict, weigh
 
 
 def answers(counts: list[int]) -> Tensor:
@@ -30,6 +31,7 @@ def evidence(share: float, target: int = 3, batch_norms: bool = True) -> Evidenc
         suppressed_loss=2.0,
         perturbed_share=share,
         batch_norms=batch_norms,
+        agreed_share=share,
     )
 
 
@@ -106,7 +108,8 @@ def test_few_classes_are_at_most_suspicious() -> None:
 
 
 def test_networks_without_batch_norms_are_at_most_suspicious() -> None:
-    assert verdict(evidence(1.0, batch_norms=False), PruneConfig()) == (SUSPICIOUS, 3)
+    # Nor is the class that they name to be trusted.
+    assert verdict(evidence(1.0, batch_norms=False), PruneConfig()) == (SUSPICIOUS, None)
     assert verdict(evidence(0.1, batch_norms=False), PruneConfig()) == (NONE_FOUND, None)
 
 
@@ -117,3 +120,39 @@ def test_a_share_right_at_the_bound_counts(share: float) -> None:
     found = weigh(answers([4, *[1] * (100 - top)]), torch.zeros(104 - top, dtype=torch.int64), perturbed, True)
     assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=share)) == (EVIDENCE, 0)
     assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=1.0))[0] == SUSPICIOUS
+
+
+# ---------------------------------------------------------------- several suppressed models
+@pytest.mark.parametrize(
+    ("tries", "number", "share"),
+    [
+        ([(3, 0.4)], 0, 0.4),
+        ([(3, 0.9), (3, 0.8)], 0, 0.8),
+        ([(3, 0.9), (4, 1.0)], 0, 0.0),
+        ([(4, 0.3), (3, 0.9), (3, 0.95)], 1, 0.9),
+        ([(4, 0.3), (3, 0.9), (4, 0.95)], 0, 0.3),
+        ([(3, 0.7), (3, 0.9), (3, 0.8)], 0, 0.8),
+        ([(1, 0.7), (2, 0.9), (3, 0.8)], 0, 0.0),
+        ([(1, 0.5), (2, 0.6), (2, 0.7), (1, 0.8)], 1, 0.6),
+        ([(2, 0.6), (1, 0.7), (1, 0.6), (2, 0.8)], 0, 0.6),  # of equals the first
+    ],
+)
+def test_agree(tries: list[tuple[int, float]], number: int, share: float) -> None:
+    assert agree([evidence(one, target) for target, one in tries]) == (number, share)
+
+
+def test_certain_stops_where_no_further_try_can_change_the_verdict() -> None:
+    """Against every way that the tries to come can turn out."""
+    config = PruneConfig(suspicion_share=0.5, evidence_share=0.8)
+    outcomes = [evidence(share, target) for share in (0.1, 0.6, 1.0) for target in (1, 2)]
+
+    def text(tries: tuple[Evidence, ...]) -> tuple[str, int | None]:
+        number, share = agree(tries)
+        return verdict(replace(tries[number], agreed_share=share), config)
+
+    for at_most in (1, 2, 3):
+        for made in range(1, at_most + 1):
+            for tries in itertools.product(outcomes, repeat=made):
+                ends = {text((*tries, *more))[0] for more in itertools.product(outcomes, repeat=at_most - made)}
+                assert certain(tries, at_most, config) == (len(ends) == 1)
+    assert not certain((), 1, config)

@@ -183,7 +183,7 @@ def detection_table(rows: Sequence[Row]) -> str:
         attacked = [row for row in of if row["der"] is not None]
         parts = [(str(attack), part) for (attack,), part in _groups(attacked, "attack").items()]
         for attack, part in [*parts, *([("all", attacked)] if len(parts) > 1 else [])]:
-            area = auroc(*([row["evidence"]["perturbed_share"] for row in side] for side in (part, clean)))
+            area = auroc(*([row["evidence"]["agreed_share"] for row in side] for side in (part, clean)))
             shown = "" if area is None else f"{area:.3f}"
             cells.append([method, attack, str(len(part)), shown, _alarms(part), _named(part), _alarms(clean)])
     return markdown(columns, cells)

@@ -96,7 +96,7 @@ def half_dead(count: int) -> Any:
         repaired.load_state_dict(model.state_dict())
         with torch.no_grad():
             repaired.norms[0].weight[:count] = 0
-        evidence = {"perturbed_share": 0.6}
+        evidence = {"agreed_share": 0.6}
         order = torch.arange(192)
         return Repair(repaired, None, order, count, 192, 1.5, {"rank": 1.0}, 10.2, "suspicious", 2, evidence)
 
@@ -232,7 +232,7 @@ def made(case: str = "a", **changes: Any) -> dict[str, Any]:
         "case": case, "pictures": 500, "seed": 0, "method": "mnp", "shift": "none", "config": {}, "test": 2000,
         "attack": "badnets", "network": "net", "data": "digits", "acc_before": 0.9, "acc_after": 0.88,
         "asr_before": 1.0, "asr_after": 0.1, "racc_before": 0.0, "racc_after": 0.8, "der": 0.94,
-        "verdict": "evidence of a backdoor", "suspected_target": 0, "target": 0, "evidence": {"perturbed_share": 0.8},
+        "verdict": "evidence of a backdoor", "suspected_target": 0, "target": 0, "evidence": {"agreed_share": 0.8},
         "pruned": 10, "neurons": 100, "seconds": 2.0, "peak_mb": 5, "stages": {},
     }  # fmt: skip
     return row | changes
@@ -274,11 +274,11 @@ CLEAN = {
 }  # fmt: skip
 ROWS = [
     made(seed=0),
-    made(seed=1, acc_after=0.86, asr_after=0.3, der=0.83, suspected_target=4, evidence={"perturbed_share": 0.6}),
+    made(seed=1, acc_after=0.86, asr_after=0.3, der=0.83, suspected_target=4, evidence={"agreed_share": 0.6}),
     made(seed=0, method="anp", acc_after=0.8, asr_after=0.5, der=0.7, verdict=None, evidence=None, oracle_acc=0.85,
          oracle_asr=0.2, oracle_der=0.875),
-    made("b", **CLEAN, acc_after=0.89, evidence={"perturbed_share": 0.3}),
-    made("c", **CLEAN | {"verdict": "evidence of a backdoor"}, acc_after=0.87, evidence={"perturbed_share": 0.6}),
+    made("b", **CLEAN, acc_after=0.89, evidence={"agreed_share": 0.3}),
+    made("c", **CLEAN | {"verdict": "evidence of a backdoor"}, acc_after=0.87, evidence={"agreed_share": 0.6}),
     made(pictures=100, acc_after=0.7, asr_after=0.0, der=0.9),
     made(shift="jpeg", der=0.5),
     made(config={"alpha": 0.9}, der=0.1),
