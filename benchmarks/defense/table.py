@@ -159,33 +159,46 @@ def curve_table(rows: Sequence[Row]) -> str:
 
 def clean_table(rows: Sequence[Row]) -> str:
     """A line a method, over networks without a backdoor: what repairing them costs, and what is said of them."""
-    columns = ["method", "networks", "runs", "ACC drop", "worst drop", "false alarms", "suspicious"]
+    columns = ["method", "networks", "runs", "ACC drop", "worst drop", "false alarms (or suspicious)"]
     cells = []
     for (method,), of in _groups([row for row in rows if row["der"] is None], "method").items():
         drops = [row["acc_before"] - row["acc_after"] for row in of]
-        judged = [row["verdict"] for row in of if row["verdict"] is not None]
-        said = [f"{judged.count(word)} of {len(judged)}" if judged else "" for word in (EVIDENCE, SUSPICIOUS)]
+        judged = [row for row in of if row["verdict"] is not None]
         networks = str(len({row["case"] for row in of}))
-        cells.append([method, networks, str(len(of)), f"{fmean(drops):.3f}", f"{max(drops):.3f}", *said])
+        cells.append([method, networks, str(len(of)), f"{fmean(drops):.3f}", f"{max(drops):.3f}", _alarms(judged)])
     return markdown(columns, cells)
 
 
 def detection_table(rows: Sequence[Row]) -> str:
     """A line for each method that judges and each attack, against all clean networks; all attacks last.
 
-    AUROC of the share of perturbed pictures that the suppressed model puts into its collapse class; detected, false
-    alarms: shares with the verdict "evidence of a backdoor".
+    AUROC of the score; detected, false alarms: runs with the verdict "evidence of a backdoor", and in brackets with
+    that or "suspicious". Where there are networks without BatchNorm, which are never more than suspicious, a last line
+    leaves them out.
     """
-    columns = ["method", "attack", "runs", "AUROC", "detected", "target named", "false alarms"]
+    columns = [
+        "method",
+        "attack",
+        "runs",
+        "AUROC",
+        "detected (or suspicious)",
+        "target named",
+        "false alarms (or suspicious)",
+    ]
     cells = []
     for (method,), of in _groups([row for row in rows if row["verdict"] is not None], "method").items():
-        clean = [row for row in of if row["der"] is None]
         attacked = [row for row in of if row["der"] is not None]
-        parts = [(str(attack), part) for (attack,), part in _groups(attacked, "attack").items()]
-        for attack, part in [*parts, *([("all", attacked)] if len(parts) > 1 else [])]:
+        parts = [(str(attack), part, of) for (attack,), part in _groups(attacked, "attack").items()]
+        if len(parts) > 1:
+            parts.append(("all", attacked, of))
+        normed = [row for row in of if row["evidence"]["batch_norms"]]
+        if len(normed) < len(of):
+            parts.append(("all with BatchNorm", [row for row in attacked if row in normed], normed))
+        for name, part, among in parts:
+            clean = [row for row in among if row["der"] is None]
             area = auroc(*([row["evidence"]["agreed_share"] for row in side] for side in (part, clean)))
             shown = "" if area is None else f"{area:.3f}"
-            cells.append([method, attack, str(len(part)), shown, _alarms(part), _named(part), _alarms(clean)])
+            cells.append([method, name, str(len(part)), shown, _alarms(part), _named(part), _alarms(clean)])
     return markdown(columns, cells)
 
 
@@ -243,4 +256,7 @@ def _named(rows: Sequence[Row]) -> str:
 
 
 def _alarms(rows: Sequence[Row]) -> str:
-    return f"{sum(row['verdict'] == EVIDENCE for row in rows)} of {len(rows)}" if rows else ""
+    if not rows:
+        return ""
+    evidence, suspicious = (sum(row["verdict"] == word for row in rows) for word in (EVIDENCE, SUSPICIOUS))
+    return f"{evidence} ({evidence + suspicious}) of {len(rows)}"

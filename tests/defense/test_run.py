@@ -227,12 +227,16 @@ def test_parts_share_all_jobs_out() -> None:
 
 
 # ---------------------------------------------------------------- the file
+def score(share: float, batch_norms: bool = True) -> dict[str, Any]:
+    return {"agreed_share": share, "batch_norms": batch_norms}
+
+
 def made(case: str = "a", **changes: Any) -> dict[str, Any]:
     row: dict[str, Any] = {
         "case": case, "pictures": 500, "seed": 0, "method": "mnp", "shift": "none", "config": {}, "test": 2000,
         "attack": "badnets", "network": "net", "data": "digits", "acc_before": 0.9, "acc_after": 0.88,
         "asr_before": 1.0, "asr_after": 0.1, "racc_before": 0.0, "racc_after": 0.8, "der": 0.94,
-        "verdict": "evidence of a backdoor", "suspected_target": 0, "target": 0, "evidence": {"agreed_share": 0.8},
+        "verdict": "evidence of a backdoor", "suspected_target": 0, "target": 0, "evidence": score(0.8),
         "pruned": 10, "neurons": 100, "seconds": 2.0, "peak_mb": 5, "stages": {},
     }  # fmt: skip
     return row | changes
@@ -274,11 +278,11 @@ CLEAN = {
 }  # fmt: skip
 ROWS = [
     made(seed=0),
-    made(seed=1, acc_after=0.86, asr_after=0.3, der=0.83, suspected_target=4, evidence={"agreed_share": 0.6}),
+    made(seed=1, acc_after=0.86, asr_after=0.3, der=0.83, suspected_target=4, evidence=score(0.6)),
     made(seed=0, method="anp", acc_after=0.8, asr_after=0.5, der=0.7, verdict=None, evidence=None, oracle_acc=0.85,
          oracle_asr=0.2, oracle_der=0.875),
-    made("b", **CLEAN, acc_after=0.89, evidence={"agreed_share": 0.3}),
-    made("c", **CLEAN | {"verdict": "evidence of a backdoor"}, acc_after=0.87, evidence={"agreed_share": 0.6}),
+    made("b", **CLEAN, acc_after=0.89, evidence=score(0.3)),
+    made("c", **CLEAN | {"verdict": "evidence of a backdoor"}, acc_after=0.87, evidence=score(0.6)),
     made(pictures=100, acc_after=0.7, asr_after=0.0, der=0.9),
     made(shift="jpeg", der=0.5),
     made(config={"alpha": 0.9}, der=0.1),
@@ -337,13 +341,17 @@ def test_table_of_pictures() -> None:
 
 def test_table_of_clean_networks() -> None:
     _, _, *body = lines(table.tables(ROWS)["clean"])
-    assert body == [["mnp", "2", "2", "0.020", "0.030", "1 of 2", "0 of 2"]]
+    assert body == [["mnp", "2", "2", "0.020", "0.030", "1 (1) of 2"]]
 
 
 def test_table_of_detection() -> None:
     _, _, *body = lines(table.tables(ROWS)["detection"])
     # .8 and .6 against .3 and .6: three wins and a tie.
-    assert body == [["mnp", "badnets", "2", "0.875", "2 of 2", "1 of 2", "1 of 2"]]
+    assert body == [["mnp", "badnets", "2", "0.875", "2 (2) of 2", "1 of 2", "1 (1) of 2"]]
+    fooled = made("d", **CLEAN | {"verdict": "suspicious"}, acc_after=0.87, evidence=score(1.0, batch_norms=False))
+    _, _, one, normed = lines(table.tables([*ROWS, fooled])["detection"])
+    assert one == ["mnp", "badnets", "2", "0.583", "2 (2) of 2", "1 of 2", "1 (2) of 3"]
+    assert normed == ["mnp", "all with BatchNorm", *body[0][2:]]
     assert table.auroc([0.5], []) is None
     assert table.auroc([0.1], [0.2]) == 0.0
 
