@@ -45,7 +45,7 @@ from mnp_fast.stats import magnitude
 Row = dict[str, Any]
 
 CLASSES = 10
-STAGES = ("suppress", "weigh", "perturb", "masks", "select", "fine-tune")
+STAGES = ("suppress", "search", "weigh", "perturb", "masks", "select", "fine-tune")
 NAMES = ("published", "torch_compile", "mnp_fast")
 
 
@@ -182,20 +182,18 @@ def counts_of(
 ) -> Counts:
     """Steps of a run, from its history."""
     by = {entry["stage"]: entry for entry in history}
-    suppressions = [entry["windows"] for entry in history if entry["stage"] == "suppress"]
-    perturbed = len(suppressions) * config.evidence_perturbations
     passes = math.ceil(len(learning) / config.batch_size)
     # A window is 512 pictures, and never reaches across two passes.
     window = max(1, 512 // config.batch_size)
     windows = [min(window, passes - first) for first in range(0, passes, window)]
     passes_of_repair = config.finetune_epochs if "fine-tune" in by else 0
     return Counts(
-        suppress=sum(windows[number % len(windows)] for count in suppressions for number in range(count)),
-        # As they are, with each perturbation and for new statistics; all as if of all pictures.
-        exposed=len(suppressions) + perturbed + 1,
-        weigh=perturbed * config.perturbation_steps,
-        perturb=config.perturbations * config.perturbation_steps
-        + by["perturb"]["tried"] * (config.perturbation_steps // 2),
+        suppress=sum(windows[number % len(windows)] for number in range(by["suppress"]["windows"])),
+        # For new statistics, as they are, and with each perturbation; all as if of all pictures.
+        exposed=3 + by["search"]["tried"] + config.perturbations,
+        search=by["search"]["tried"] * max(1, config.perturbation_steps // 2),
+        weigh=config.perturbations * config.perturbation_steps,
+        perturb=config.perturbations * config.perturbation_steps,
         masks=by["masks"]["steps"],
         plain=1 + probes(by["select"]["pruned"] + 1, by["select"]["low"]),
         finetune=passes_of_repair * math.ceil(len(learning) / max(2, config.batch_size // 2)),

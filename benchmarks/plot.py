@@ -22,7 +22,7 @@ from benchmarks.tables import console, markdown, number, ratio
 
 Row = dict[str, Any]
 
-END_TO_END_STAGES = ("suppress", "weigh", "perturb", "masks", "select", "fine-tune")
+END_TO_END_STAGES = ("suppress", "search", "weigh", "perturb", "masks", "select", "fine-tune")
 Content = Mapping[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent

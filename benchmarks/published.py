@@ -65,13 +65,15 @@ class Timed:
 class Counts:
     """Steps of each kind in one run of mnp_fast.prune.
 
-    suppress: of ascent; exposed: evaluations of the suppressed network on all pictures; weigh, perturb: of the
-    perturbations for evidence (batch statistics) and for repair (recalibrated ones, half batches); masks: of mask
+    suppress: of ascent; exposed: evaluations of the suppressed network on all pictures; search, weigh, perturb: of the
+    perturbations that find the class (recalibrated statistics, half batches), for evidence (batch statistics) and for
+    repair (as in the search); masks: of mask
     learning; plain: evaluations of prune sets on learning and held-back pictures; finetune: of fine-tuning.
     """
 
     suppress: int
     exposed: int
+    search: int
     weigh: int
     perturb: int
     masks: int
@@ -107,10 +109,11 @@ class Stages:
         # One evaluation of all pictures.
         exposed = use_batch_statistics_(copy.deepcopy(self.exposed))
         yield Part("weigh", self._evaluation(exposed, [self.learning, self.held]), 1, counts.exposed)
-        yield self._perturb("weigh", exposed, counts.weigh, self.config.batch_size)
-        del exposed
         self.exposed.eval()
         recalibrate_(self.exposed, self.learning, self.config)
+        yield self._perturb("search", copy.deepcopy(self.exposed), counts.search, self._half_batch)
+        yield self._perturb("weigh", exposed, counts.weigh, self.config.batch_size)
+        del exposed
         yield self._perturb("perturb", copy.deepcopy(self.exposed), counts.perturb, self._half_batch)
         yield self._masks(counts.masks)
         yield Part("select", self._evaluation(self.masked, [self.learning, self.held]), 1, counts.plain)

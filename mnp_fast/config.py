@@ -34,13 +34,8 @@ class PruneConfig:
     suppression_epochs: int = 80
     """At most so many passes over the learning pictures in clean suppression."""
 
-    suppressed_models: int = 3
-    """At most so many, each from another order of the pictures; for evidence, two must agree on the class. Measured."""
-
     perturbations: int = 6
-    """Universal perturbations on the suppressed model, for masks and fine-tuning. Measured."""
-    evidence_perturbations: int = 3
-    """The same for evidence, on each suppressed model. Measured."""
+    """Universal perturbations on the suppressed model: so many for evidence, and again for repair. Measured."""
     perturbation_steps: int = 20
     """Steps that each of them takes. Measured."""
     evidence_size: float = 0.5
@@ -49,7 +44,8 @@ class PruneConfig:
     perturbation_size: float = 0.4
     """The same of those for masks and fine-tuning, made with recalibrated statistics. Measured."""
     unsuspected_size: float = 0.2
-    """The same where no target is suspected, a precaution against what the verdict misses. Measured."""
+    """The same where no target is suspected, a precaution against what the verdict misses; half of it in the search
+    for the class. Measured."""
 
     alpha: float = 0.3
     """Weight of the loss of the suppressed model against that of the model itself, in [0, 1]. Measured."""
@@ -77,7 +73,7 @@ class PruneConfig:
     """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
 
     evidence_share: float = 0.9
-    """Perturbed pictures that two suppressed models put into the same class: "evidence of a backdoor". Measured."""
+    """Perturbed pictures that the suppressed model puts into their class: "evidence of a backdoor". Measured."""
     suspicion_share: float = 0.7
     """The same for "suspicious". Measured."""
 
@@ -110,9 +106,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "suppression_stop": (0.01, 0.99),
     "suppression_rate": (_TINY, 1.0),
     "suppression_epochs": (1, math.inf),
-    "suppressed_models": (1, math.inf),
     "perturbations": (1, math.inf),
-    "evidence_perturbations": (1, math.inf),
     "perturbation_steps": (1, math.inf),
     "evidence_size": (_TINY, math.inf),
     "perturbation_size": (_TINY, math.inf),

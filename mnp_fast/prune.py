@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mnp_fast import __version__
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
-from mnp_fast.detect import Evidence, agree, certain, commonest, verdict, weigh
+from mnp_fast.detect import Evidence, commonest, verdict, weigh
 from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked, prune_
@@ -67,11 +67,11 @@ def prune(
         check_model(model, triggered)
     with run.stages():
         suppressed, evidence = run.expose()
-        target = verdict(evidence, run.config)[1]
-        perturbations = run.perturb(suppressed, target)
+        suspected = verdict(evidence, run.config)[1] is not None
+        perturbations = run.perturb(suppressed, evidence.pulled_class, suspected)
         mask, order = run.learn_masks(suppressed, perturbations)
         del suppressed
-        selection = run.select(mask, order, target is not None)
+        selection = run.select(mask, order, suspected)
         repaired = run.repair(selection, perturbations)
     return run.result(evidence, mask, selection, repaired, triggered)
 
@@ -94,10 +94,7 @@ def scan(
 
 
 _CANDIDATES = 10
-"""Classes of the suppressed model that are tried where none is suspected, commonest first."""
-
-_NEXT_TRY = 0x9E3779B1
-"""Between the seeds of suppressed models, of which torch's CPU generator takes the lower 32 bits."""
+"""Classes of the suppressed model that the search tries, commonest first."""
 
 
 @dataclass
@@ -155,61 +152,42 @@ class _Run:
             yield
 
     def expose(self) -> tuple[nn.Module, Evidence]:
-        """A suppressed model, and what it and others from further orders of the pictures say together."""
-        tries: list[Evidence] = []
-        first: dict[int, nn.Module] = {}  # by class: a later model with the same class is not needed
-        while not certain(tries, self.config.suppressed_models, self.config):
-            suppressed, found = self.attempt(len(tries))
-            first.setdefault(found.collapse_class, suppressed)
-            tries.append(found)
-        number, agreed = agree(tries)
-        evidence = replace(tries[number], agreed_share=agreed)
-        return first[evidence.collapse_class], evidence
-
-    def attempt(self, number: int) -> tuple[nn.Module, Evidence]:
-        """One suppressed model, and what it says. Tries after the first leave the random numbers of the run alone."""
-        generator = (
-            torch.Generator().manual_seed((self.seed + number * _NEXT_TRY) % 2**63) if number else self.generator
-        )
+        """The suppressed model, its BatchNorm statistics recalibrated, and what it says."""
         with self.stage("suppress") as entry:
             suppressed = self.working_copy()
-            trace = suppress_(suppressed, self.learning, self.config, generator, self.bar, self.how)
+            trace = suppress_(suppressed, self.learning, self.config, self.generator, self.bar, self.how)
             entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
+        with self.stage("search") as entry:
+            recalibrate_(suppressed, self.learning, self.config)
+            target, tried = self.search(suppressed)
+            entry |= {"class": target, "tried": tried}
         with self.stage("weigh") as entry:
             logits = self.suppressed_logits(suppressed, self.data)
-            towards = commonest(logits, 1) * self.config.evidence_perturbations
-            size = self.config.evidence_size
-            found = self.perturbations("weigh", suppressed, towards, size, generator, batch_statistics=True)
-            others = self.data.subset(self.data.labels != towards[0])
+            found = self.perturbations("weigh", suppressed, target, self.config.evidence_size, batch_statistics=True)
+            others = self.data.subset(self.data.labels != target)
             perturbed = [
                 self.suppressed_logits(suppressed, DefenceSet(others.images + one, others.labels)) for one in found
             ]
             norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
-            evidence = weigh(logits, self.data.labels, torch.cat(perturbed), norms)
-            entry |= {"pictures": len(others), "class": evidence.collapse_class, "share": evidence.perturbed_share}
+            evidence = weigh(logits, self.data.labels, torch.cat(perturbed), target, norms)
+            entry |= {"pictures": len(others)}
         return suppressed, evidence
 
-    def perturb(self, suppressed: nn.Module, target: int | None) -> Tensor:
-        """Perturbations for masks and fine-tuning: towards the suspected class, or else the one that pulls best.
+    def search(self, suppressed: nn.Module) -> tuple[int, int]:
+        """The class that a small perturbation pulls into best, with recalibrated statistics; how many were tried."""
+        logits = predict(suppressed, self.learning, self.config.batch_size, self.device)
+        tried = commonest(logits, _CANDIDATES)
+        # Half as far as where nothing is suspected, in half as many steps, tells the classes apart.
+        size, steps = self.config.unsuspected_size / 2, max(1, self.config.perturbation_steps // 2)
+        found = self.perturbations("search", suppressed, tried, size, steps)
+        shares = [self.pulled(suppressed, one, target) for one, target in zip(found, tried, strict=True)]
+        return tried[max(range(len(tried)), key=shares.__getitem__)], len(tried)
 
-        Gives the suppressed model recalibrated statistics, which it keeps.
-        """
-        with self.stage("perturb") as entry:
-            recalibrate_(suppressed, self.learning, self.config)
-            size, tried = self.config.perturbation_size, []
-            if target is None:
-                size = self.config.unsuspected_size
-                logits = predict(suppressed, self.learning, self.config.batch_size, self.device)
-                tried = commonest(logits, _CANDIDATES)
-                # Half as far in half as many steps tells the classes apart.
-                steps = self.config.perturbation_steps // 2
-                each = self.perturbations("perturb", suppressed, tried, size / 2, self.generator, steps)
-                shares = [self.pulled(suppressed, one, way) for one, way in zip(each, tried, strict=True)]
-                target = tried[max(range(len(tried)), key=shares.__getitem__)]
-            towards = [target] * self.config.perturbations
-            found = self.perturbations("perturb", suppressed, towards, size, self.generator)
-            entry |= {"class": target, "tried": len(tried)}
-        return found
+    def perturb(self, suppressed: nn.Module, target: int, suspected: bool) -> Tensor:
+        """Perturbations for masks and fine-tuning."""
+        size = self.config.perturbation_size if suspected else self.config.unsuspected_size
+        with self.stage("perturb"):
+            return self.perturbations("perturb", suppressed, target, size)
 
     def pulled(self, suppressed: nn.Module, perturbation: Tensor, target: int) -> float:
         """Share of the learning pictures of other classes that go to ``target`` once they are perturbed."""
@@ -222,13 +200,14 @@ class _Run:
         self,
         stage: str,
         suppressed: nn.Module,
-        targets: list[int],
+        towards: int | list[int],
         size: float,
-        generator: torch.Generator,
         steps: int | None = None,
         batch_statistics: bool = False,
     ) -> Tensor:
-        steps = self.config.perturbation_steps if steps is None else max(1, steps)
+        """One for each class of ``towards``, or so many for one class as the settings say."""
+        targets = [towards] * self.config.perturbations if isinstance(towards, int) else towards
+        steps = self.config.perturbation_steps if steps is None else steps
         self.bar.stage(stage, len(targets) * steps)
         return perturb(
             suppressed,
@@ -236,7 +215,7 @@ class _Run:
             self.sites,
             self.learning,
             self.config,
-            generator,
+            self.generator,
             self.bar,
             self.how,
             size=size,

@@ -268,18 +268,19 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     assert calls[f"select {held}"] == counts.plain
     # An answer that is certain after the held-back pictures asks for no others.
     assert 0 < calls[f"select {len(learning)}"] <= counts.plain
-    weighed = [entry for entry in result.history if entry["stage"] == "weigh"]
-    (tried,) = (entry["tried"] for entry in result.history if entry["stage"] == "perturb")
-    assert calls["perturb"] == counts.weigh + counts.perturb == 6 * len(weighed) + 6 + tried
+    tried = result.history[1]["tried"]
+    assert calls["perturb"] == counts.search + counts.weigh + counts.perturb == tried + 12
     # Windows that were taken back are run and not counted.
     assert counts.suppress <= calls["suppress"]
-    assert len(weighed) > 1
-    sizes = {len(data[1]), *(int((data[1] != entry["class"]).sum()) for entry in weighed)}
-    assert sum(calls[f"prune {size}"] for size in sizes) == counts.exposed - 1 == 4 * len(weighed)
+    others = int((data[1] != result.evidence["pulled_class"]).sum())
+    assert calls[f"prune {len(data[1])}"] + calls[f"prune {others}"] == 4
     # New statistics, and the answers of the teacher.
     assert calls[f"optimize {len(learning)}"] == 2
-    # Classes to try, where none is suspected.
-    assert calls[f"prune {len(learning)}"] == bool(tried)
+    # Classes to try, and what each perturbation pulls.
+    assert calls[f"prune {len(learning)}"] == 1
+    sizes = {int((learning.labels != label).sum()) for label in range(10)}
+    assert sum(calls[f"prune {size}"] for size in sizes - {others}) == tried
+    assert counts.exposed == 1 + 1 + tried + 4
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 0), (3, 17), (18, 17), (0, 100), (64, 100)])
@@ -296,7 +297,7 @@ def test_published_stages_run_and_match(full: bool) -> None:
     model, data = digits_run()
     sites = find_sites(model, data[0][:2])
     learning, held = DefenceSet(*data).split(0.2, torch.Generator().manual_seed(0))
-    counts = Counts(suppress=7, exposed=2, weigh=3, perturb=3, masks=8, plain=2, finetune=0)
+    counts = Counts(suppress=7, exposed=2, search=3, weigh=3, perturb=3, masks=8, plain=2, finetune=0)
     config = PruneConfig(batch_size=16)
     stages = Stages(model, sites, magnitude(model, sites), learning, held, config, torch.float32, compiled=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

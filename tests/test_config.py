@@ -44,8 +44,7 @@ def test_the_defaults_stand() -> None:
     config = PruneConfig()
     assert config == PruneConfig(**asdict(config))
     assert config.suspicion_share <= config.evidence_share
-    whole = {"batch_size", "suppression_epochs", "suppressed_models", "mask_steps", "finetune_epochs"}
-    whole |= {"perturbations", "evidence_perturbations", "perturbation_steps"}
+    whole = {"batch_size", "suppression_epochs", "perturbations", "perturbation_steps", "mask_steps", "finetune_epochs"}
     assert set(WHOLE) == whole
 
 
@@ -83,7 +82,7 @@ def test_ranges(name: str) -> None:
 
 
 def test_the_least_of_each() -> None:
-    for name in ("suppression_epochs", "suppressed_models", "perturbations", "evidence_perturbations", "mask_steps"):
+    for name in ("suppression_epochs", "perturbations", "perturbation_steps", "mask_steps"):
         refused(**{name: 0})
         assert getattr(PruneConfig(**{name: 1}), name) == 1
     refused(batch_size=1)  # batch statistics need two

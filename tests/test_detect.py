@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from mnp_fast import PruneConfig
-from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, agree, certain, commonest, verdict, weigh
+from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, commonest, verdict, weigh
 
 
 def answers(counts: list[int]) -> Tensor:
@@ -25,13 +24,12 @@ def answers(counts: list[int]) -> Tensor:
 def evidence(share: float, target: int = 3, batch_norms: bool = True) -> Evidence:
     return Evidence(
         classes=10,
-        collapse_class=target,
         collapse_share=0.3,
         second_share=0.0,
         suppressed_loss=2.0,
+        pulled_class=target,
         perturbed_share=share,
         batch_norms=batch_norms,
-        agreed_share=share,
     )
 
 
@@ -41,9 +39,12 @@ def evidence(share: float, target: int = 3, batch_norms: bool = True) -> Evidenc
 def test_weigh(counts: list[int], top: int, second: float) -> None:
     logits = answers(counts)
     labels = torch.arange(10) % len(counts)
-    found = weigh(logits, labels, answers([1] * (len(counts) - 1) + [5]), True)
-    assert found.collapse_class == top == commonest(logits, 1)[0]
-    assert found.perturbed_share == pytest.approx((5 if top == len(counts) - 1 else 1) / (len(counts) + 4))
+    assert commonest(logits, 1)[0] == top
+    pulled = len(counts) - 1
+    found = weigh(logits, labels, answers([1] * pulled + [5]), pulled, True)
+    assert found.pulled_class == pulled
+    assert found.perturbed_share == pytest.approx(5 / (len(counts) + 4))
+    assert weigh(logits, labels, answers([1] * pulled + [5]), 0, True).perturbed_share == 1 / (len(counts) + 4)
     assert found.collapse_share == pytest.approx(counts[top] / 10)
     assert found.second_share == pytest.approx(second)
     right = int((logits.argmax(1) == labels).sum())
@@ -53,14 +54,14 @@ def test_weigh(counts: list[int], top: int, second: float) -> None:
 
 def test_what_is_found_does_not_hang_on_the_labels() -> None:
     logits = answers([1, 2, 6, 1])
-    one, other = (weigh(logits, torch.full((10,), label), logits, True) for label in (0, 2))
-    assert one.collapse_class == other.collapse_class == 2
+    one, other = (weigh(logits, torch.full((10,), label), logits, 2, True) for label in (0, 2))
+    assert one.perturbed_share == other.perturbed_share == 0.6
     assert one.collapse_share == other.collapse_share
     assert one.suppressed_loss > other.suppressed_loss
 
 
 def test_report_is_plain_json() -> None:
-    found = weigh(answers([1, 9]), torch.arange(10) % 2, answers([2, 3]), True)
+    found = weigh(answers([1, 9]), torch.arange(10) % 2, answers([2, 3]), 1, True)
     assert json.loads(json.dumps(found.report(), allow_nan=False)) == found.report()
     assert found.report()["collapse_share"] == found.collapse_share
 
@@ -97,18 +98,18 @@ def test_from_logits_to_verdict() -> None:
     config = PruneConfig(suspicion_share=0.5, evidence_share=0.7)
     labels = torch.arange(10) % 4
     plain = answers([2, 2, 4, 1, 1])
-    assert verdict(weigh(plain, labels, answers([1, 1, 8, 0, 0]), True), config) == (EVIDENCE, 2)
-    assert verdict(weigh(plain, labels, answers([2, 2, 6, 0, 0]), True), config) == (SUSPICIOUS, 2)
-    assert verdict(weigh(plain, labels, answers([8, 0, 2, 0, 0]), True), config) == (NONE_FOUND, None)
+    assert verdict(weigh(plain, labels, answers([1, 1, 8, 0, 0]), 2, True), config) == (EVIDENCE, 2)
+    assert verdict(weigh(plain, labels, answers([2, 2, 6, 0, 0]), 2, True), config) == (SUSPICIOUS, 2)
+    assert verdict(weigh(plain, labels, answers([8, 0, 2, 0, 0]), 2, True), config) == (NONE_FOUND, None)
 
 
 def test_few_classes_are_at_most_suspicious() -> None:
-    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, answers([0, 10, 0, 0]), True)
+    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, answers([0, 10, 0, 0]), 1, True)
     assert verdict(found, PruneConfig()) == (SUSPICIOUS, 1)
 
 
 def test_networks_without_batch_norms_are_at_most_suspicious() -> None:
-    # Nor is the class that they name to be trusted.
+    # Nor is the class to be trusted.
     assert verdict(evidence(1.0, batch_norms=False), PruneConfig()) == (SUSPICIOUS, None)
     assert verdict(evidence(0.1, batch_norms=False), PruneConfig()) == (NONE_FOUND, None)
 
@@ -117,42 +118,6 @@ def test_networks_without_batch_norms_are_at_most_suspicious() -> None:
 def test_a_share_right_at_the_bound_counts(share: float) -> None:
     top = round(100 * share)
     perturbed = answers([top, *[1] * (100 - top)])
-    found = weigh(answers([4, *[1] * (100 - top)]), torch.zeros(104 - top, dtype=torch.int64), perturbed, True)
+    found = weigh(answers([4, *[1] * (100 - top)]), torch.zeros(104 - top, dtype=torch.int64), perturbed, 0, True)
     assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=share)) == (EVIDENCE, 0)
     assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=1.0))[0] == SUSPICIOUS
-
-
-# ---------------------------------------------------------------- several suppressed models
-@pytest.mark.parametrize(
-    ("tries", "number", "share"),
-    [
-        ([(3, 0.4)], 0, 0.4),
-        ([(3, 0.9), (3, 0.8)], 0, 0.8),
-        ([(3, 0.9), (4, 1.0)], 0, 0.0),
-        ([(4, 0.3), (3, 0.9), (3, 0.95)], 1, 0.9),
-        ([(4, 0.3), (3, 0.9), (4, 0.95)], 0, 0.3),
-        ([(3, 0.7), (3, 0.9), (3, 0.8)], 0, 0.8),
-        ([(1, 0.7), (2, 0.9), (3, 0.8)], 0, 0.0),
-        ([(1, 0.5), (2, 0.6), (2, 0.7), (1, 0.8)], 1, 0.6),
-        ([(2, 0.6), (1, 0.7), (1, 0.6), (2, 0.8)], 0, 0.6),  # of equals the first
-    ],
-)
-def test_agree(tries: list[tuple[int, float]], number: int, share: float) -> None:
-    assert agree([evidence(one, target) for target, one in tries]) == (number, share)
-
-
-def test_certain_stops_where_no_further_try_can_change_the_verdict() -> None:
-    """Against every way that the tries to come can turn out."""
-    config = PruneConfig(suspicion_share=0.5, evidence_share=0.8)
-    outcomes = [evidence(share, target) for share in (0.1, 0.6, 1.0) for target in (1, 2)]
-
-    def text(tries: tuple[Evidence, ...]) -> tuple[str, int | None]:
-        number, share = agree(tries)
-        return verdict(replace(tries[number], agreed_share=share), config)
-
-    for at_most in (1, 2, 3):
-        for made in range(1, at_most + 1):
-            for tries in itertools.product(outcomes, repeat=made):
-                ends = {text((*tries, *more))[0] for more in itertools.product(outcomes, repeat=at_most - made)}
-                assert certain(tries, at_most, config) == (len(ends) == 1)
-    assert not certain((), 1, config)

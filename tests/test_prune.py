@@ -25,7 +25,6 @@ import mnp_fast
 from benchmarks import digits
 from mnp_fast import ConfigError, DataError, MnpFastError, ModelError, PruneConfig, PruneResult, optimize
 from mnp_fast.data import DefenceSet, collect, logits_of
-from mnp_fast.detect import Evidence
 from mnp_fast.graph.trace import Captured
 from mnp_fast.masked import prune_
 from mnp_fast.sites import find_sites
@@ -34,9 +33,7 @@ SHORT = PruneConfig(
     batch_size=40,
     suppression_stop=0.4,
     suppression_rate=0.02,
-    suppressed_models=1,
     perturbations=2,
-    evidence_perturbations=2,
     perturbation_steps=5,
     alpha=0.7,
     mask_steps=25,
@@ -46,7 +43,7 @@ SHORT = PruneConfig(
 )
 ALWAYS = replace(SHORT, evidence_share=0, suspicion_share=0)  # always a suspect, so that something is pruned
 prune_module = sys.modules["mnp_fast.prune"]  # the package has a function of that name
-NAMES = ("suppress", "weigh", "perturb", "masks", "select", "fine-tune")
+NAMES = ("suppress", "search", "weigh", "perturb", "masks", "select", "fine-tune")
 
 
 def loader() -> DataLoader[tuple[Tensor, ...]]:
@@ -130,7 +127,7 @@ def test_result(model: nn.Module, usual: PruneResult) -> None:
 def test_history(usual: PruneResult) -> None:
     assert [entry["stage"] for entry in usual.history] == list(NAMES)
     for entry in usual.history:
-        if entry["stage"] not in ("weigh", "perturb"):
+        if entry["stage"] not in ("search", "weigh", "perturb"):
             assert math.isfinite(entry["loss"])
             assert 0 <= entry["accuracy"] <= 1
         assert 0 < entry["seconds"] < 60
@@ -148,7 +145,7 @@ def test_scan_says_what_prune_says(model: nn.Module, usual: PruneResult) -> None
     assert (found.verdict, found.suspected_target) == (usual.verdict, usual.suspected_target)
     assert found.evidence.items() >= usual.evidence.items()
     assert found.evidence["neurons"] == 16
-    assert [entry["stage"] for entry in found.history] == list(NAMES[:2])
+    assert [entry["stage"] for entry in found.history] == list(NAMES[:3])
 
 
 def test_without_finetuning_only_pruned_weights_change(model: nn.Module) -> None:
@@ -175,7 +172,7 @@ def test_where_nothing_is_pruned_the_model_is_finetuned_all_the_same(model: nn.M
 
 
 @pytest.mark.parametrize("suspected", [True, False])
-def test_perturbed_towards_the_suspect_or_else_the_class_that_pulls_best(
+def test_perturbed_towards_the_class_that_pulls_best(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, suspected: bool
 ) -> None:
     config = replace(ALWAYS if suspected else SHORT, perturbations=4)
@@ -195,68 +192,23 @@ def test_perturbed_towards_the_suspect_or_else_the_class_that_pulls_best(
     monkeypatch.setattr(prune_module, "commonest", lambda logits, count: [2, 1, 3, 0][:count])
     pulls = {2: 0.1, 1: 0.2, 3: 0.7, 0: 0.4}
     monkeypatch.setattr(prune_module._Run, "pulled", lambda self, suppressed, one, target: pulls[target])
-    entry = run(model, config=config).history[2]
-    target = 2 if suspected else 3
-    weighed, *tried, repair = asked["perturb"]
+    result = run(model, config=config)
+    assert result.suspected_target == (3 if suspected else None)
+    assert result.evidence["pulled_class"] == 3
+    entry = result.history[1]
+    searched, weighed, repair = asked["perturb"]
     size, steps = config.perturbation_size if suspected else config.unsuspected_size, config.perturbation_steps
-    assert weighed[0][1] == [2] * 2
+    assert searched[0][1] == [2, 1, 3, 0]
+    small = config.unsuspected_size / 2
+    assert searched[1] == {"size": small, "steps": steps // 2, "batch_statistics": False}
+    assert weighed[0][1] == repair[0][1] == [3] * 4
     assert weighed[1] == {"size": config.evidence_size, "steps": steps, "batch_statistics": True}
-    assert [(args[1], kwargs) for args, kwargs in tried] == (
-        [] if suspected else [([2, 1, 3, 0], {"size": size / 2, "steps": steps // 2, "batch_statistics": False})]
-    )
-    assert repair[0][1] == [target] * 4
     assert repair[1] == {"size": size, "steps": steps, "batch_statistics": False}
-    assert (entry["class"], entry["tried"]) == (target, 0 if suspected else 4)
+    assert (entry["class"], entry["tried"]) == (3, 4)
     ((masks, _),) = asked["learn_masks"]
     assert masks[2] is given[-1]
     ((finetune, _),) = asked["finetune_"]
     assert finetune[4] is given[-1]
-
-
-@pytest.mark.parametrize(
-    ("tries", "made", "verdict", "target", "share"),
-    [
-        ([(2, 0.95), (2, 0.92), (1, 1.0)], 2, "evidence of a backdoor", 2, 0.92),
-        ([(1, 0.4), (2, 0.92), (2, 0.95)], 3, "evidence of a backdoor", 2, 0.92),
-        ([(1, 0.4), (2, 0.92), (1, 0.95)], 3, "no evidence found", None, 0.4),
-        ([(1, 0.4), (1, 0.3), (1, 0.95)], 2, "no evidence found", None, 0.3),
-        ([(2, 0.8), (2, 0.75), (2, 0.95)], 2, "suspicious", 2, 0.75),
-    ],
-)
-def test_two_suppressed_models_must_agree(
-    model: nn.Module,
-    monkeypatch: pytest.MonkeyPatch,
-    tries: list[tuple[int, float]],
-    made: int,
-    verdict: str,
-    target: int | None,
-    share: float,
-) -> None:
-    config = replace(SHORT, suppressed_models=3, evidence_share=0.9, suspicion_share=0.7)
-    waiting, made_from = iter(tries), []
-    inner = prune_module.weigh
-
-    def found(*args: Any) -> Evidence:
-        top, pulled = next(waiting)
-        # Five classes, so that there can be evidence.
-        return replace(inner(*args), classes=5, collapse_class=top, perturbed_share=pulled, batch_norms=True)
-
-    monkeypatch.setattr(prune_module, "weigh", found)
-    suppress = prune_module.suppress_
-    monkeypatch.setattr(prune_module, "suppress_", lambda net, *rest: made_from.append(net) or suppress(net, *rest))
-    run = prune_module._Run(model, loader(), config, None, 0, False)
-    with run.stages():
-        suppressed, evidence = run.expose()
-    assert len(made_from) == made
-    first = [top for top, _ in tries].index(evidence.collapse_class)
-    assert suppressed is made_from[first]
-    assert evidence.agreed_share == share
-    assert evidence.perturbed_share == tries[first][1]
-    assert prune_module.verdict(evidence, config) == (verdict, target)
-    entries = [entry for entry in run.history if entry["stage"] == "weigh"]
-    assert [(entry["class"], entry["share"]) for entry in entries] == tries[:made]
-    weights = [torch.cat([p.flatten() for p in net.parameters()]) for net in made_from]
-    assert not any(torch.equal(*pair) for pair in itertools.combinations(weights, 2))
 
 
 def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model: nn.Module) -> None:

@@ -93,6 +93,7 @@ def test_report(result: PruneResult, saved: Path) -> None:
     assert report["metrics"]["asr_before"] == result.metrics["asr_before"]
     assert [entry["stage"] for entry in report["history"]] == [
         "suppress",
+        "search",
         "weigh",
         "perturb",
         "masks",

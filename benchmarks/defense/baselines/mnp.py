@@ -21,9 +21,6 @@ def repair(model: nn.Module, data: DefenceSet, seed: int = 0, config: mnp_fast.P
     result = mnp_fast.prune(model, [(data.images, data.labels)], config, seed=seed, progress=False)
     seconds = time.perf_counter() - start
     assert result.model is not None
-    stages: dict[str, float] = {}
-    for entry in result.history:  # some come more than once
-        stages[entry["stage"]] = stages.get(entry["stage"], 0.0) + entry["seconds"]
     score = torch.cat(list(result.masks.values()))
     gone = torch.cat(
         [torch.zeros(len(m), dtype=torch.bool).index_fill_(0, torch.tensor(result.pruned[path], dtype=torch.long), True)
@@ -37,7 +34,7 @@ def repair(model: nn.Module, data: DefenceSet, seed: int = 0, config: mnp_fast.P
         pruned=int(gone.sum()),
         neurons=len(score),
         seconds=seconds,
-        stages=stages,
+        stages={entry["stage"]: entry["seconds"] for entry in result.history},
         peak_mb=max(entry["peak_mb"] for entry in result.history),
         verdict=result.verdict,
         suspected_target=result.suspected_target,
