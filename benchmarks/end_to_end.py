@@ -190,9 +190,9 @@ def counts_of(
     return Counts(
         suppress=sum(windows[number % len(windows)] for number in range(by["suppress"]["windows"])),
         # For new statistics, as they are, and with each perturbation; all as if of all pictures.
-        exposed=3 + by["search"]["tried"] + config.perturbations,
+        exposed=3 + by["search"]["tried"] + by["weigh"]["perturbations"],
         search=by["search"]["tried"] * max(1, config.perturbation_steps // 2),
-        weigh=config.perturbations * config.perturbation_steps,
+        weigh=by["weigh"]["perturbations"] * config.perturbation_steps,
         perturb=config.perturbations * config.perturbation_steps,
         masks=by["masks"]["steps"],
         plain=1 + probes(by["select"]["pruned"] + 1, by["select"]["low"]),

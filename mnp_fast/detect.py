@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,8 +25,9 @@ class Evidence:
 
     classes: how many there are. collapse_share: the share of all clean pictures that it puts into the class it predicts
     most often; second_share: the share of the class after it; suppressed_loss: its mean cross-entropy in nats.
-    pulled_class: the class that a small perturbation pulls into best; perturbed_share: the share of pictures of other
-    classes that it puts there once they are perturbed, mean over the perturbations; batch_norms: whether the network
+    searched_class: the class that a small perturbation pulls into best; pulled_class: that one or the one it predicts
+    most often, into whichever perturbations for evidence pull better; perturbed_share: the share of pictures of other
+    classes that it puts there once they are perturbed, mean over the perturbations. batch_norms: whether the network
     has any BatchNorm.
     """
 
@@ -33,6 +35,7 @@ class Evidence:
     collapse_share: float
     second_share: float
     suppressed_loss: float
+    searched_class: int
     pulled_class: int
     perturbed_share: float
     batch_norms: bool
@@ -49,14 +52,17 @@ def commonest(logits: Tensor, count: int) -> list[int]:
 
 
 def weigh(
-    suppressed_logits: Tensor, labels: Tensor, perturbed_logits: Tensor, pulled_class: int, batch_norms: bool
+    suppressed_logits: Tensor, labels: Tensor, perturbed_logits: Mapping[int, Tensor], batch_norms: bool
 ) -> Evidence:
     """Evidence from the suppressed model's logits (n, classes) for clean pictures with ``labels`` (n,).
 
-    perturbed_logits: (k, classes), for pictures of other classes than ``pulled_class``, perturbed towards it.
+    perturbed_logits: for each class that is weighed, the searched one first, (k, classes) of pictures of other classes
+    that are perturbed towards it.
     Clean suppression takes the clean function away; where a backdoor stays behind, it pulls clean pictures into its
     target class, and what little must be added to pull all of them is found easily. Limits: docs/method.md, "Verdict".
     """
+    pulled = {one: float((logits.argmax(1) == one).double().mean()) for one, logits in perturbed_logits.items()}
+    best = max(pulled, key=pulled.__getitem__)
     counts = torch.bincount(suppressed_logits.argmax(1), minlength=suppressed_logits.shape[1])
     shares = counts.double() / len(labels)
     top = shares.topk(2)
@@ -65,8 +71,9 @@ def weigh(
         collapse_share=float(top.values[0]),
         second_share=float(top.values[1]),
         suppressed_loss=float(F.cross_entropy(suppressed_logits, labels)),
-        pulled_class=pulled_class,
-        perturbed_share=float((perturbed_logits.argmax(1) == pulled_class).double().mean()),
+        searched_class=next(iter(pulled)),
+        pulled_class=best,
+        perturbed_share=pulled[best],
         batch_norms=batch_norms,
     )
 

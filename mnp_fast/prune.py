@@ -67,11 +67,11 @@ def prune(
         check_model(model, triggered)
     with run.stages():
         suppressed, evidence = run.expose()
-        suspected = verdict(evidence, run.config)[1] is not None
-        perturbations = run.perturb(suppressed, evidence.pulled_class, suspected)
+        target = verdict(evidence, run.config)[1]
+        perturbations = run.perturb(suppressed, evidence, target)
         mask, order = run.learn_masks(suppressed, perturbations)
         del suppressed
-        selection = run.select(mask, order, suspected)
+        selection = run.select(mask, order, target is not None)
         repaired = run.repair(selection, perturbations)
     return run.result(evidence, mask, selection, repaired, triggered)
 
@@ -159,18 +159,22 @@ class _Run:
             entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
         with self.stage("search") as entry:
             recalibrate_(suppressed, self.learning, self.config)
-            target, tried = self.search(suppressed)
-            entry |= {"class": target, "tried": tried}
+            searched, tried = self.search(suppressed)
+            entry |= {"class": searched, "tried": tried}
         with self.stage("weigh") as entry:
             logits = self.suppressed_logits(suppressed, self.data)
-            found = self.perturbations("weigh", suppressed, target, self.config.evidence_size, batch_statistics=True)
-            others = self.data.subset(self.data.labels != target)
-            perturbed = [
-                self.suppressed_logits(suppressed, DefenceSet(others.images + one, others.labels)) for one in found
-            ]
+            weighed = list(dict.fromkeys([searched, *commonest(logits, 1)]))
+            # As many perturbations for two classes as for one.
+            each = [one for one in weighed for _ in range(max(1, self.config.perturbations // len(weighed)))]
+            found = self.perturbations("weigh", suppressed, each, self.config.evidence_size, batch_statistics=True)
+            pulled: dict[int, list[Tensor]] = {one: [] for one in weighed}
+            for target, perturbation in zip(each, found, strict=True):
+                others = self.data.subset(self.data.labels != target)
+                images = DefenceSet(others.images + perturbation, others.labels)
+                pulled[target].append(self.suppressed_logits(suppressed, images))
             norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
-            evidence = weigh(logits, self.data.labels, torch.cat(perturbed), target, norms)
-            entry |= {"pictures": len(others)}
+            evidence = weigh(logits, self.data.labels, {one: torch.cat(pulled[one]) for one in weighed}, norms)
+            entry |= {"classes": weighed, "perturbations": len(each)}
         return suppressed, evidence
 
     def search(self, suppressed: nn.Module) -> tuple[int, int]:
@@ -183,11 +187,12 @@ class _Run:
         shares = [self.pulled(suppressed, one, target) for one, target in zip(found, tried, strict=True)]
         return tried[max(range(len(tried)), key=shares.__getitem__)], len(tried)
 
-    def perturb(self, suppressed: nn.Module, target: int, suspected: bool) -> Tensor:
-        """Perturbations for masks and fine-tuning."""
-        size = self.config.perturbation_size if suspected else self.config.unsuspected_size
+    def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None) -> Tensor:
+        """Perturbations for masks and fine-tuning: towards the suspected class, or else the one that was searched."""
+        size = self.config.unsuspected_size if target is None else self.config.perturbation_size
+        towards = [evidence.searched_class if target is None else target] * self.config.perturbations
         with self.stage("perturb"):
-            return self.perturbations("perturb", suppressed, target, size)
+            return self.perturbations("perturb", suppressed, towards, size)
 
     def pulled(self, suppressed: nn.Module, perturbation: Tensor, target: int) -> float:
         """Share of the learning pictures of other classes that go to ``target`` once they are perturbed."""
@@ -200,13 +205,11 @@ class _Run:
         self,
         stage: str,
         suppressed: nn.Module,
-        towards: int | list[int],
+        targets: list[int],
         size: float,
         steps: int | None = None,
         batch_statistics: bool = False,
     ) -> Tensor:
-        """One for each class of ``towards``, or so many for one class as the settings say."""
-        targets = [towards] * self.config.perturbations if isinstance(towards, int) else towards
         steps = self.config.perturbation_steps if steps is None else steps
         self.bar.stage(stage, len(targets) * steps)
         return perturb(

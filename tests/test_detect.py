@@ -27,6 +27,7 @@ def evidence(share: float, target: int = 3, batch_norms: bool = True) -> Evidenc
         collapse_share=0.3,
         second_share=0.0,
         suppressed_loss=2.0,
+        searched_class=target,
         pulled_class=target,
         perturbed_share=share,
         batch_norms=batch_norms,
@@ -41,10 +42,9 @@ def test_weigh(counts: list[int], top: int, second: float) -> None:
     labels = torch.arange(10) % len(counts)
     assert commonest(logits, 1)[0] == top
     pulled = len(counts) - 1
-    found = weigh(logits, labels, answers([1] * pulled + [5]), pulled, True)
-    assert found.pulled_class == pulled
+    found = weigh(logits, labels, {pulled: answers([1] * pulled + [5])}, True)
+    assert found.pulled_class == found.searched_class == pulled
     assert found.perturbed_share == pytest.approx(5 / (len(counts) + 4))
-    assert weigh(logits, labels, answers([1] * pulled + [5]), 0, True).perturbed_share == 1 / (len(counts) + 4)
     assert found.collapse_share == pytest.approx(counts[top] / 10)
     assert found.second_share == pytest.approx(second)
     right = int((logits.argmax(1) == labels).sum())
@@ -52,16 +52,25 @@ def test_weigh(counts: list[int], top: int, second: float) -> None:
     assert found.suppressed_loss == pytest.approx(normalizer - 5 * right / 10, rel=1e-5)
 
 
+def test_of_two_classes_the_one_that_is_pulled_into_better() -> None:
+    logits, labels = answers([3, 4, 3]), torch.arange(10) % 3
+    shares = {2: answers([2, 2, 6]), 1: answers([1, 7, 2])}
+    found = weigh(logits, labels, shares, True)
+    assert (found.searched_class, found.pulled_class, found.perturbed_share) == (2, 1, 0.7)
+    found = weigh(logits, labels, {2: shares[2], 1: answers([2, 6, 2])}, True)
+    assert (found.searched_class, found.pulled_class, found.perturbed_share) == (2, 2, 0.6)
+
+
 def test_what_is_found_does_not_hang_on_the_labels() -> None:
     logits = answers([1, 2, 6, 1])
-    one, other = (weigh(logits, torch.full((10,), label), logits, 2, True) for label in (0, 2))
+    one, other = (weigh(logits, torch.full((10,), label), {2: logits}, True) for label in (0, 2))
     assert one.perturbed_share == other.perturbed_share == 0.6
     assert one.collapse_share == other.collapse_share
     assert one.suppressed_loss > other.suppressed_loss
 
 
 def test_report_is_plain_json() -> None:
-    found = weigh(answers([1, 9]), torch.arange(10) % 2, answers([2, 3]), 1, True)
+    found = weigh(answers([1, 9]), torch.arange(10) % 2, {1: answers([2, 3])}, True)
     assert json.loads(json.dumps(found.report(), allow_nan=False)) == found.report()
     assert found.report()["collapse_share"] == found.collapse_share
 
@@ -98,13 +107,13 @@ def test_from_logits_to_verdict() -> None:
     config = PruneConfig(suspicion_share=0.5, evidence_share=0.7)
     labels = torch.arange(10) % 4
     plain = answers([2, 2, 4, 1, 1])
-    assert verdict(weigh(plain, labels, answers([1, 1, 8, 0, 0]), 2, True), config) == (EVIDENCE, 2)
-    assert verdict(weigh(plain, labels, answers([2, 2, 6, 0, 0]), 2, True), config) == (SUSPICIOUS, 2)
-    assert verdict(weigh(plain, labels, answers([8, 0, 2, 0, 0]), 2, True), config) == (NONE_FOUND, None)
+    assert verdict(weigh(plain, labels, {2: answers([1, 1, 8, 0, 0])}, True), config) == (EVIDENCE, 2)
+    assert verdict(weigh(plain, labels, {2: answers([2, 2, 6, 0, 0])}, True), config) == (SUSPICIOUS, 2)
+    assert verdict(weigh(plain, labels, {2: answers([8, 0, 2, 0, 0])}, True), config) == (NONE_FOUND, None)
 
 
 def test_few_classes_are_at_most_suspicious() -> None:
-    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, answers([0, 10, 0, 0]), 1, True)
+    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, {1: answers([0, 10, 0, 0])}, True)
     assert verdict(found, PruneConfig()) == (SUSPICIOUS, 1)
 
 
@@ -118,6 +127,6 @@ def test_networks_without_batch_norms_are_at_most_suspicious() -> None:
 def test_a_share_right_at_the_bound_counts(share: float) -> None:
     top = round(100 * share)
     perturbed = answers([top, *[1] * (100 - top)])
-    found = weigh(answers([4, *[1] * (100 - top)]), torch.zeros(104 - top, dtype=torch.int64), perturbed, 0, True)
+    found = weigh(answers([4, *[1] * (100 - top)]), torch.zeros(104 - top, dtype=torch.int64), {0: perturbed}, True)
     assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=share)) == (EVIDENCE, 0)
     assert verdict(found, PruneConfig(suspicion_share=share, evidence_share=1.0))[0] == SUSPICIOUS

@@ -25,6 +25,7 @@ import mnp_fast
 from benchmarks import digits
 from mnp_fast import ConfigError, DataError, MnpFastError, ModelError, PruneConfig, PruneResult, optimize
 from mnp_fast.data import DefenceSet, collect, logits_of
+from mnp_fast.detect import Evidence
 from mnp_fast.graph.trace import Captured
 from mnp_fast.masked import prune_
 from mnp_fast.sites import find_sites
@@ -172,10 +173,19 @@ def test_where_nothing_is_pruned_the_model_is_finetuned_all_the_same(model: nn.M
 
 
 @pytest.mark.parametrize("suspected", [True, False])
-def test_perturbed_towards_the_class_that_pulls_best(
+def test_perturbed_towards_the_suspect_or_else_the_class_that_was_searched(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, suspected: bool
 ) -> None:
+    """Class 3 is pulled into best in the search, class 2 is the commonest and pulled into best for evidence."""
     config = replace(ALWAYS if suspected else SHORT, perturbations=4)
+    inner_weigh = prune_module.weigh
+
+    def weighed_2(logits: Tensor, labels: Tensor, perturbed: dict[int, Tensor], norms: bool) -> Evidence:
+        assert list(perturbed) == [3, 2]
+        found = inner_weigh(logits, labels, perturbed, True)
+        return replace(found, classes=5, pulled_class=2, perturbed_share=0.5)
+
+    monkeypatch.setattr(prune_module, "weigh", weighed_2)
     asked: dict[str, list[Any]] = {"perturb": [], "learn_masks": [], "finetune_": []}
     given: list[Tensor] = []
     for name in asked:
@@ -193,15 +203,17 @@ def test_perturbed_towards_the_class_that_pulls_best(
     pulls = {2: 0.1, 1: 0.2, 3: 0.7, 0: 0.4}
     monkeypatch.setattr(prune_module._Run, "pulled", lambda self, suppressed, one, target: pulls[target])
     result = run(model, config=config)
-    assert result.suspected_target == (3 if suspected else None)
-    assert result.evidence["pulled_class"] == 3
-    entry = result.history[1]
+    target = 2 if suspected else 3
+    assert result.suspected_target == (2 if suspected else None)
+    _, entry, weighing, *_ = result.history
+    assert (weighing["classes"], weighing["perturbations"]) == ([3, 2], 4)
     searched, weighed, repair = asked["perturb"]
     size, steps = config.perturbation_size if suspected else config.unsuspected_size, config.perturbation_steps
     assert searched[0][1] == [2, 1, 3, 0]
     small = config.unsuspected_size / 2
     assert searched[1] == {"size": small, "steps": steps // 2, "batch_statistics": False}
-    assert weighed[0][1] == repair[0][1] == [3] * 4
+    assert weighed[0][1] == [3, 3, 2, 2]
+    assert repair[0][1] == [target] * 4
     assert weighed[1] == {"size": config.evidence_size, "steps": steps, "batch_statistics": True}
     assert repair[1] == {"size": size, "steps": steps, "batch_statistics": False}
     assert (entry["class"], entry["tried"]) == (3, 4)
