@@ -189,8 +189,9 @@ def counts_of(
     passes_of_repair = config.finetune_epochs if "fine-tune" in by else 0
     return Counts(
         suppress=sum(windows[number % len(windows)] for number in range(by["suppress"]["windows"])),
-        # For new statistics, as they are, and with each perturbation; all as if of all pictures.
-        exposed=3 + by["search"]["tried"] + by["weigh"]["perturbations"],
+        # For new statistics, as they are, and with each perturbation, those of the search in the model itself too; all
+        # as if of all pictures.
+        exposed=3 + 2 * by["search"]["tried"] + by["weigh"]["perturbations"],
         search=by["search"]["tried"] * max(1, config.perturbation_steps // 2),
         weigh=by["weigh"]["perturbations"] * config.perturbation_steps,
         perturb=config.perturbations * config.perturbation_steps,

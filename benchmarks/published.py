@@ -65,10 +65,10 @@ class Timed:
 class Counts:
     """Steps of each kind in one run of mnp_fast.prune.
 
-    suppress: of ascent; exposed: evaluations of the suppressed network on all pictures; search, weigh, perturb: of the
-    perturbations that find the class (recalibrated statistics, half batches), for evidence (batch statistics) and for
-    repair (as in the search); masks: of mask
-    learning; plain: evaluations of prune sets on learning and held-back pictures; finetune: of fine-tuning.
+    suppress: of ascent; exposed: evaluations of the suppressed network, or the network itself, on all pictures; search,
+    weigh, perturb: of the perturbations that find the class (recalibrated statistics, half batches), for evidence
+    (batch statistics) and for repair (as in the search); masks: of mask learning; plain: evaluations of prune sets on
+    learning and held-back pictures; finetune: of fine-tuning.
     """
 
     suppress: int

@@ -72,9 +72,9 @@ class PruneConfig:
     distillation: float = 0.5
     """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
 
-    evidence_share: float = 0.9
-    """Perturbed pictures that the suppressed model puts into their class: "evidence of a backdoor". Measured."""
-    suspicion_share: float = 0.7
+    evidence_score: float = 0.9
+    """Score (docs/method.md, "Verdict") from which there is "evidence of a backdoor". Measured."""
+    suspicion_score: float = 0.8
     """The same for "suspicious". Measured."""
 
     def __post_init__(self) -> None:
@@ -91,9 +91,9 @@ class PruneConfig:
             low, high = _RANGES.get(field.name, (0, math.inf))
             if not (low <= value <= high) or value == math.inf or value > sys.maxsize:
                 raise ConfigError(f"{field.name} is {value}; it must lie between {low:g} and {high:g}")
-        if self.suspicion_share > self.evidence_share:
+        if self.suspicion_score > self.evidence_score:
             raise ConfigError(
-                f"suspicion_share ({self.suspicion_share}) is above evidence_share ({self.evidence_share}); "
+                f"suspicion_score ({self.suspicion_score}) is above evidence_score ({self.evidence_score}); "
                 "suspicion must come before evidence"
             )
 
@@ -120,6 +120,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "perturbed_pictures": (0, 1),
     "finetune_rate": (_TINY, 1.0),
     "distillation": (0, 1),
-    "evidence_share": (0, 1),
-    "suspicion_share": (0, 1),
+    "evidence_score": (0, 1),
+    "suspicion_score": (0, 1),
 }

@@ -17,6 +17,9 @@ SUSPICIOUS = "suspicious"
 NONE_FOUND = "no evidence found"
 FEWEST_CLASSES = 5
 """With fewer, clean networks collapse into one class too (seen with 2 to 4): suspicion is then all there can be."""
+_TRANSFER = 2.4
+"""What the lead of the class that transfers best counts for: clean networks had leads up to .28, attacked ones, where
+the trigger is found at all, from .38 on."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,10 @@ class Evidence:
     most often; second_share: the share of the class after it; suppressed_loss: its mean cross-entropy in nats.
     searched_class: the class that a small perturbation pulls into best; pulled_class: that one or the one it predicts
     most often, into whichever perturbations for evidence pull better; perturbed_share: the share of pictures of other
-    classes that it puts there once they are perturbed, mean over the perturbations. batch_norms: whether the network
-    has any BatchNorm.
+    classes that it puts there once they are perturbed, mean over the perturbations. transferred_class: the class whose
+    small perturbation fools the model itself best; transferred_share: the share of pictures of other classes that the
+    model puts there with it; transferred_second: the same of the class after it. batch_norms: whether the network has
+    any BatchNorm.
     """
 
     classes: int
@@ -38,10 +43,29 @@ class Evidence:
     searched_class: int
     pulled_class: int
     perturbed_share: float
+    transferred_class: int
+    transferred_share: float
+    transferred_second: float
     batch_norms: bool
 
+    @property
+    def score(self) -> float:
+        """In [0, 1]: the perturbed share, or 2.4 times the lead of the class that transfers best, where that is more.
+
+        Without BatchNorm the lead alone: nothing takes out what all pictures share, and a clean ViT is fooled
+        altogether (perturbed share 1.0).
+        """
+        lead = min(1.0, _TRANSFER * (self.transferred_share - self.transferred_second))
+        return max(self.perturbed_share, lead) if self.batch_norms else lead
+
+    @property
+    def suspect(self) -> int:
+        """The class that the score is about."""
+        by_pull = self.batch_norms and self.score == self.perturbed_share
+        return self.pulled_class if by_pull else self.transferred_class
+
     def report(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"score": self.score}
 
 
 def commonest(logits: Tensor, count: int) -> list[int]:
@@ -52,17 +76,25 @@ def commonest(logits: Tensor, count: int) -> list[int]:
 
 
 def weigh(
-    suppressed_logits: Tensor, labels: Tensor, perturbed_logits: Mapping[int, Tensor], batch_norms: bool
+    suppressed_logits: Tensor,
+    labels: Tensor,
+    perturbed_logits: Mapping[int, Tensor],
+    transferred: Mapping[int, float],
+    batch_norms: bool,
 ) -> Evidence:
     """Evidence from the suppressed model's logits (n, classes) for clean pictures with ``labels`` (n,).
 
     perturbed_logits: for each class that is weighed, the searched one first, (k, classes) of pictures of other classes
-    that are perturbed towards it.
+    that are perturbed towards it. transferred: for each class that was searched, the share of pictures of other classes
+    that the model itself puts there with its small perturbation.
     Clean suppression takes the clean function away; where a backdoor stays behind, it pulls clean pictures into its
-    target class, and what little must be added to pull all of them is found easily. Limits: docs/method.md, "Verdict".
+    target class, and what little must be added to pull all of them is found easily; where that is near the trigger it
+    fools the model itself too, while fragile clean models are fooled into several classes alike. Limits:
+    docs/method.md, "Verdict".
     """
     pulled = {one: float((logits.argmax(1) == one).double().mean()) for one, logits in perturbed_logits.items()}
     best = max(pulled, key=pulled.__getitem__)
+    carried = sorted(transferred, key=transferred.__getitem__, reverse=True)
     counts = torch.bincount(suppressed_logits.argmax(1), minlength=suppressed_logits.shape[1])
     shares = counts.double() / len(labels)
     top = shares.topk(2)
@@ -74,17 +106,18 @@ def weigh(
         searched_class=next(iter(pulled)),
         pulled_class=best,
         perturbed_share=pulled[best],
+        transferred_class=carried[0],
+        transferred_share=transferred[carried[0]],
+        transferred_second=transferred[carried[1]] if len(carried) > 1 else 0.0,
         batch_norms=batch_norms,
     )
 
 
 def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
     """(verdict, suspected target class or None). Never "clean": at best no evidence was found."""
-    # Without batch statistics, that take out what all pictures share, a clean network is fooled too (a ViT: 1.0), and
-    # an attacked one into another class than its target.
-    sound = evidence.batch_norms and evidence.classes >= FEWEST_CLASSES
-    if evidence.perturbed_share >= config.evidence_share and sound:
-        return EVIDENCE, evidence.pulled_class
-    if evidence.perturbed_share >= config.suspicion_share:
-        return SUSPICIOUS, evidence.pulled_class if evidence.batch_norms else None
+    # Few networks without BatchNorm have been seen, so that these too are never more than suspicious.
+    if evidence.score >= config.evidence_score and evidence.batch_norms and evidence.classes >= FEWEST_CLASSES:
+        return EVIDENCE, evidence.suspect
+    if evidence.score >= config.suspicion_score:
+        return SUSPICIOUS, evidence.suspect
     return NONE_FOUND, None

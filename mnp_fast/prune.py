@@ -159,33 +159,39 @@ class _Run:
             entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
         with self.stage("search") as entry:
             recalibrate_(suppressed, self.learning, self.config)
-            searched, tried = self.search(suppressed)
-            entry |= {"class": searched, "tried": tried}
+            pulls, transferred = self.search(suppressed)
+            searched = max(pulls, key=pulls.__getitem__)
+            entry |= {"class": searched, "tried": len(pulls)}
         with self.stage("weigh") as entry:
             logits = self.suppressed_logits(suppressed, self.data)
             weighed = list(dict.fromkeys([searched, *commonest(logits, 1)]))
             # As many perturbations for two classes as for one.
             each = [one for one in weighed for _ in range(max(1, self.config.perturbations // len(weighed)))]
             found = self.perturbations("weigh", suppressed, each, self.config.evidence_size, batch_statistics=True)
-            pulled: dict[int, list[Tensor]] = {one: [] for one in weighed}
+            perturbed: dict[int, list[Tensor]] = {one: [] for one in weighed}
             for target, perturbation in zip(each, found, strict=True):
                 others = self.data.subset(self.data.labels != target)
                 images = DefenceSet(others.images + perturbation, others.labels)
-                pulled[target].append(self.suppressed_logits(suppressed, images))
+                perturbed[target].append(self.suppressed_logits(suppressed, images))
             norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
-            evidence = weigh(logits, self.data.labels, {one: torch.cat(pulled[one]) for one in weighed}, norms)
+            answers = {one: torch.cat(perturbed[one]) for one in weighed}
+            evidence = weigh(logits, self.data.labels, answers, transferred, norms)
             entry |= {"classes": weighed, "perturbations": len(each)}
         return suppressed, evidence
 
-    def search(self, suppressed: nn.Module) -> tuple[int, int]:
-        """The class that a small perturbation pulls into best, with recalibrated statistics; how many were tried."""
+    def search(self, suppressed: nn.Module) -> tuple[dict[int, float], dict[int, float]]:
+        """By class, what a small perturbation pulls there (`pulled`): in the suppressed model, on which it is made with
+        recalibrated statistics, and in the model itself."""
         logits = predict(suppressed, self.learning, self.config.batch_size, self.device)
         tried = commonest(logits, _CANDIDATES)
         # Half as far as where nothing is suspected, in half as many steps, tells the classes apart.
         size, steps = self.config.unsuspected_size / 2, max(1, self.config.perturbation_steps // 2)
-        found = self.perturbations("search", suppressed, tried, size, steps)
-        shares = [self.pulled(suppressed, one, target) for one, target in zip(found, tried, strict=True)]
-        return tried[max(range(len(tried)), key=shares.__getitem__)], len(tried)
+        found = dict(zip(tried, self.perturbations("search", suppressed, tried, size, steps), strict=True))
+        pulls, transferred = (
+            {target: self.pulled(network, one, target) for target, one in found.items()}
+            for network in (suppressed, self.plain)
+        )
+        return pulls, transferred
 
     def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None) -> Tensor:
         """Perturbations for masks and fine-tuning: towards the suspected class, or else the one that was searched."""
@@ -194,11 +200,12 @@ class _Run:
         with self.stage("perturb"):
             return self.perturbations("perturb", suppressed, towards, size)
 
-    def pulled(self, suppressed: nn.Module, perturbation: Tensor, target: int) -> float:
-        """Share of the learning pictures of other classes that go to ``target`` once they are perturbed."""
-        others = self.learning.subset(self.learning.labels != target)
+    def pulled(self, network: nn.Module, perturbation: Tensor, target: int) -> float:
+        """Share of the pictures of other classes that go to ``target`` once they are perturbed."""
+        others = self.data.subset(self.data.labels != target)
         images = DefenceSet(others.images + perturbation, others.labels)
-        logits = predict(suppressed, images, self.config.batch_size, self.device)
+        with masked(network, (), None, how=self.how):
+            logits = predict(network, images, self.config.batch_size, self.device)
         return float((logits.argmax(1) == target).double().mean())
 
     def perturbations(

@@ -43,7 +43,7 @@ def refused(**values: Any) -> str:
 def test_the_defaults_stand() -> None:
     config = PruneConfig()
     assert config == PruneConfig(**asdict(config))
-    assert config.suspicion_share <= config.evidence_share
+    assert config.suspicion_score <= config.evidence_score
     whole = {"batch_size", "suppression_epochs", "perturbations", "perturbation_steps", "mask_steps", "finetune_epochs"}
     assert set(WHOLE) == whole
 
@@ -71,7 +71,7 @@ def test_ranges(name: str) -> None:
         assert "must lie between" in refused(**{name: value})
     # The range that the explanation gives is the one that is checked.
     given = re.search(r"in ([\[(])0, 1([\])])", explanations()[name])
-    if given or name.endswith("_share"):
+    if given or name.endswith("_score"):
         refused(**{name: 1.5})
     if given:
         for value, bracket, closed in ((0, given[1], "["), (1, given[2], "]")):
@@ -109,10 +109,10 @@ def test_whole_numbers_do_for_numbers() -> None:
 
 
 def test_suspicion_comes_before_evidence() -> None:
-    assert "evidence_share" in refused(suspicion_share=0.8, evidence_share=0.7)
-    assert PruneConfig(suspicion_share=0.7, evidence_share=0.7).evidence_share == 0.7
+    assert "evidence_score" in refused(suspicion_score=0.8, evidence_score=0.7)
+    assert PruneConfig(suspicion_score=0.7, evidence_score=0.7).evidence_score == 0.7
     with pytest.raises(ConfigError):
-        replace(PruneConfig(), suspicion_share=1, evidence_share=0.9)
+        replace(PruneConfig(), suspicion_score=1, evidence_score=0.9)
 
 
 @pytest.mark.parametrize("name", FIELDS)

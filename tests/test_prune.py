@@ -39,10 +39,10 @@ SHORT = PruneConfig(
     alpha=0.7,
     mask_steps=25,
     finetune_epochs=2,
-    suspicion_share=1,
-    evidence_share=1,
+    suspicion_score=1,
+    evidence_score=1,
 )
-ALWAYS = replace(SHORT, evidence_share=0, suspicion_share=0)  # always a suspect, so that something is pruned
+ALWAYS = replace(SHORT, evidence_score=0, suspicion_score=0)  # always a suspect, so that something is pruned
 prune_module = sys.modules["mnp_fast.prune"]  # the package has a function of that name
 NAMES = ("suppress", "search", "weigh", "perturb", "masks", "select", "fine-tune")
 
@@ -180,9 +180,13 @@ def test_perturbed_towards_the_suspect_or_else_the_class_that_was_searched(
     config = replace(ALWAYS if suspected else SHORT, perturbations=4)
     inner_weigh = prune_module.weigh
 
-    def weighed_2(logits: Tensor, labels: Tensor, perturbed: dict[int, Tensor], norms: bool) -> Evidence:
+    def weighed_2(
+        logits: Tensor, labels: Tensor, perturbed: dict[int, Tensor], transferred: dict[int, float], norms: bool
+    ) -> Evidence:
         assert list(perturbed) == [3, 2]
-        found = inner_weigh(logits, labels, perturbed, True)
+        assert transferred == {2: 0.1, 1: 0.3, 3: 0.2, 0: 0.0}
+        found = inner_weigh(logits, labels, perturbed, transferred, True)
+        assert (found.transferred_class, found.transferred_share, found.transferred_second) == (1, 0.3, 0.2)
         return replace(found, classes=5, pulled_class=2, perturbed_share=0.5)
 
     monkeypatch.setattr(prune_module, "weigh", weighed_2)
@@ -200,8 +204,12 @@ def test_perturbed_towards_the_suspect_or_else_the_class_that_was_searched(
 
         monkeypatch.setattr(prune_module, name, noted)
     monkeypatch.setattr(prune_module, "commonest", lambda logits, count: [2, 1, 3, 0][:count])
-    pulls = {2: 0.1, 1: 0.2, 3: 0.7, 0: 0.4}
-    monkeypatch.setattr(prune_module._Run, "pulled", lambda self, suppressed, one, target: pulls[target])
+    pulls, transferred = {2: 0.1, 1: 0.2, 3: 0.7, 0: 0.4}, {2: 0.1, 1: 0.3, 3: 0.2, 0: 0.0}
+
+    def pulled(self: Any, network: nn.Module, one: Tensor, target: int) -> float:
+        return (transferred if network is self.plain else pulls)[target]
+
+    monkeypatch.setattr(prune_module._Run, "pulled", pulled)
     result = run(model, config=config)
     target = 2 if suspected else 3
     assert result.suspected_target == (2 if suspected else None)
@@ -225,7 +233,7 @@ def test_perturbed_towards_the_suspect_or_else_the_class_that_was_searched(
 
 def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model: nn.Module) -> None:
     whole = prune_module._Run(model, loader(), SHORT, None, 0, False)
-    images, labels = whole.learning.images, whole.learning.labels
+    images, labels = whole.data.images, whole.data.labels
     shift = torch.linspace(-2, 2, 36).view(1, 6, 6)
     with torch.no_grad():
         predicted = model(images + shift).argmax(1)

@@ -196,7 +196,7 @@ def detection_table(rows: Sequence[Row]) -> str:
             parts.append(("all with BatchNorm", [row for row in attacked if row in normed], normed))
         for name, part, among in parts:
             clean = [row for row in among if row["der"] is None]
-            area = auroc(*([row["evidence"]["perturbed_share"] for row in side] for side in (part, clean)))
+            area = auroc(*([row["evidence"]["score"] for row in side] for side in (part, clean)))
             shown = "" if area is None else f"{area:.3f}"
             cells.append([method, name, str(len(part)), shown, _alarms(part), _named(part), _alarms(clean)])
     return markdown(columns, cells)

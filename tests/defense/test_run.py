@@ -96,7 +96,7 @@ def half_dead(count: int) -> Any:
         repaired.load_state_dict(model.state_dict())
         with torch.no_grad():
             repaired.norms[0].weight[:count] = 0
-        evidence = {"perturbed_share": 0.6}
+        evidence = {"score": 0.6}
         order = torch.arange(192)
         return Repair(repaired, None, order, count, 192, 1.5, {"rank": 1.0}, 10.2, "suspicious", 2, evidence)
 
@@ -228,7 +228,7 @@ def test_parts_share_all_jobs_out() -> None:
 
 # ---------------------------------------------------------------- the file
 def score(share: float, batch_norms: bool = True) -> dict[str, Any]:
-    return {"perturbed_share": share, "batch_norms": batch_norms}
+    return {"score": share, "batch_norms": batch_norms}
 
 
 def made(case: str = "a", **changes: Any) -> dict[str, Any]:
