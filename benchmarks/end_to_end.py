@@ -189,9 +189,9 @@ def counts_of(
     passes_of_repair = config.finetune_epochs if "fine-tune" in by else 0
     return Counts(
         suppress=sum(windows[number % len(windows)] for number in range(by["suppress"]["windows"])),
-        # For new statistics, as they are, and with each perturbation, those of the search in the model itself too; all
-        # as if of all pictures.
-        exposed=3 + 2 * by["search"]["tried"] + by["weigh"]["perturbations"],
+        # For new statistics, as they are, and with each perturbation, as if of all pictures; in the search of the
+        # learning ones, with the suppressed model and the model itself.
+        exposed=3 + by["weigh"]["perturbations"] + round(2 * by["search"]["tried"] * (1 - config.held_back)),
         search=by["search"]["tried"] * max(1, config.perturbation_steps // 2),
         weigh=by["weigh"]["perturbations"] * config.perturbation_steps,
         perturb=config.perturbations * config.perturbation_steps,

@@ -201,8 +201,8 @@ class _Run:
             return self.perturbations("perturb", suppressed, towards, size)
 
     def pulled(self, network: nn.Module, perturbation: Tensor, target: int) -> float:
-        """Share of the pictures of other classes that go to ``target`` once they are perturbed."""
-        others = self.data.subset(self.data.labels != target)
+        """Share of the learning pictures of other classes that go to ``target`` once they are perturbed."""
+        others = self.learning.subset(self.learning.labels != target)
         images = DefenceSet(others.images + perturbation, others.labels)
         with masked(network, (), None, how=self.how):
             logits = predict(network, images, self.config.batch_size, self.device)

@@ -274,13 +274,16 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     # Windows that were taken back are run and not counted.
     assert counts.suppress <= calls["suppress"]
     assert counts.search + counts.perturb == tried + 6
-    # As they are, with each perturbation, and with those of the search in the model itself too; classes to try.
-    sizes = {len(data[1]), *(int((data[1] != label).sum()) for label in range(10))}
-    assert sum(calls[f"prune {size}"] for size in sizes) == 1 + 2 * tried + result.history[2]["perturbations"]
-    assert calls[f"prune {len(learning)}"] == 1
+    weighed = {len(data[1]), *(int((data[1] != label).sum()) for label in classes)}
+    assert sum(calls[f"prune {size}"] for size in weighed) == 1 + result.history[2]["perturbations"]
     # New statistics, and the answers of the teacher.
     assert calls[f"optimize {len(learning)}"] == 2
-    assert counts.exposed == 1 + 1 + 2 * tried + 1 + result.history[2]["perturbations"]
+    # Classes to try, and what each perturbation pulls in the suppressed model and in the model itself.
+    assert calls[f"prune {len(learning)}"] == 1
+    sizes = {int((learning.labels != label).sum()) for label in range(10)}
+    assert sum(calls[f"prune {size}"] for size in sizes) == 2 * tried
+    share = len(learning) / len(data[1])
+    assert counts.exposed == 3 + result.history[2]["perturbations"] + round(2 * tried * share)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 0), (3, 17), (18, 17), (0, 100), (64, 100)])

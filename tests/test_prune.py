@@ -233,7 +233,7 @@ def test_perturbed_towards_the_suspect_or_else_the_class_that_was_searched(
 
 def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model: nn.Module) -> None:
     whole = prune_module._Run(model, loader(), SHORT, None, 0, False)
-    images, labels = whole.data.images, whole.data.labels
+    images, labels = whole.learning.images, whole.learning.labels
     shift = torch.linspace(-2, 2, 36).view(1, 6, 6)
     with torch.no_grad():
         predicted = model(images + shift).argmax(1)
