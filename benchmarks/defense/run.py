@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks import results_file
 from benchmarks.defense import case as cases
 from benchmarks.defense import pictures, zoo
-from benchmarks.defense.baselines import METHODS
+from benchmarks.defense.baselines import ABLATIONS, METHODS
 from benchmarks.defense.baselines.common import Repair
 from benchmarks.defense.case import Case
 from benchmarks.environment import environment
@@ -102,7 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--zoo", type=Path, metavar="DIR", help="a folder with zoo.py")
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=FILE", help="pictures of --models")
     parser.add_argument("--cases", nargs="+", help="default: all")
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="default: all")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=(*METHODS, *ABLATIONS),
+        default=list(METHODS),
+        help="default: all but " + " and ".join(ABLATIONS),
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pictures", nargs="+", type=int, default=[500], help="of the defence set (default: 500)")
     parser.add_argument("--shift", choices=SHIFTS, default="none", help="change of the defence pictures")
@@ -183,7 +189,7 @@ def measure(
     defence = DefenceSet(case.preprocess(clean.float() / 255), train_labels[pick])
     part = drawn(len(test_labels), job.test, 0)
     test = (test_images[part], test_labels[part])
-    repair = METHODS[job.method](case.model, defence, job.seed, config)
+    repair = (METHODS | ABLATIONS)[job.method](case.model, defence, job.seed, config)
     before, after = (cases.measure(case, model, *test) for model in (case.model, repair.model))
     row: Row = job._asdict() | {"config": json.loads(job.config)}
     row |= {"attack": case.attack, "network": case.network, "data": case.data}

@@ -3,8 +3,8 @@
 python -m benchmarks.defense table FILE... [--by attack|method|network|data|pictures|shift|config] [--write [FILE]]
 
 Written are the tables between <!-- benchmark:defense-NAME --> and <!-- /benchmark --> of docs/results.md: cases,
-methods, clean, detection, pictures, curve, shifts, configs. Methods and settings are compared on the networks and seeds
-that all of them have.
+methods, magnitudes, clean, detection, pictures, curve, shifts, configs. Methods and settings are compared on the
+networks and seeds that all of them have.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks import results_file
+from benchmarks.defense.baselines import ABLATIONS
 from benchmarks.defense.run import key
 from benchmarks.plot import ROOT, described, replace_tables
 from benchmarks.tables import console, markdown
@@ -68,11 +69,13 @@ def main(args: argparse.Namespace) -> None:
 def tables(rows: Sequence[Row], method: str = "mnp") -> dict[str, str]:
     """Markdown by name."""
     own = [row for row in rows if row["method"] == method]
+    compared = [row for row in rows if row["method"] not in ABLATIONS]
     return {
         "cases": cases_table(usual(rows), method),
-        "methods": methods_table(rows, "method"),
-        "clean": clean_table(usual(rows)),
-        "detection": detection_table(usual(rows)),
+        "methods": methods_table(compared, "method"),
+        "magnitudes": methods_table([row for row in rows if row["method"] in ("mnp", *ABLATIONS)], "method"),
+        "clean": clean_table(usual(compared)),
+        "detection": detection_table(usual(compared)),
         "pictures": methods_table(own, "pictures"),
         "curve": curve_table(own),
         "shifts": methods_table(own, "shift"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from functools import cache, partial
 
 import pytest
@@ -11,7 +12,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import digits
-from benchmarks.defense.baselines import METHODS, anp, clp, common, fine_pruning, ft_sam, rnp, training, tsbd
+from benchmarks.defense.baselines import (
+    ABLATIONS,
+    METHODS,
+    anp,
+    clp,
+    common,
+    fine_pruning,
+    ft_sam,
+    mnp,
+    rnp,
+    training,
+    tsbd,
+)
 from benchmarks.defense.baselines.common import Run
 from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet
@@ -74,6 +87,22 @@ def test_a_method_repairs_a_copy(name: str) -> None:
         assert repair.stages.keys() >= {"suppress", "masks", "select"}
     else:
         assert repair.verdict is None
+
+
+def test_ablations_change_the_magnitude(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one long step: a mask falls by the penalty times its neuron's magnitude, and by the same loss in all three."""
+    model, data = network()
+    config = PruneConfig(mask_steps=1, penalty=1e-4, finetune_epochs=0, precision="float32")
+    monkeypatch.setattr(importlib.import_module("mnp_fast.prune"), "capture", lambda *_: traced())
+    masks = [repair(model, data, 0, config).score for repair in (METHODS["mnp"], *ABLATIONS.values())]
+    filters = [conv.weight.detach().flatten(1) for conv in model.convs]
+    norms = [torch.cat([weight.norm(p, dim=1) for weight in filters]) for p in (1, 2)]
+    magnitudes = [*(norm / norm.mean() for norm in norms), torch.ones(192)]
+    inside = torch.stack([(mask > 0) & (mask < 1) for mask in masks]).all(0)
+    assert inside.sum() > 20
+    for mask, magnitude in zip(masks[1:], magnitudes[1:], strict=True):
+        expected = config.mask_rate * config.penalty * (magnitudes[0] - magnitude)
+        torch.testing.assert_close((mask - masks[0])[inside], expected[inside], rtol=0, atol=2e-7)
 
 
 @pytest.mark.usefixtures("short")

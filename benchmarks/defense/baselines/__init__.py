@@ -31,3 +31,9 @@ METHODS: dict[str, Repairs] = {
     "clp_sigma": clp.repair_by_sigmas,
     "tsbd": tsbd.repair,
 }
+
+ABLATIONS: dict[str, Repairs] = {
+    "mnp_l2": mnp.repair_by_l2,
+    "mnp_unweighted": mnp.repair_unweighted,
+}
+"""MNP with another magnitude; run only where they are named."""

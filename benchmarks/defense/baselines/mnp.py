@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import time
+from collections.abc import Callable, Sequence
+from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mnp_fast
 from benchmarks.defense.baselines.common import Repair
 from mnp_fast.data import DefenceSet
+from mnp_fast.ops import channel_magnitude
+from mnp_fast.sites import Site, site_parameter, total_neurons
 
 
 def repair(model: nn.Module, data: DefenceSet, seed: int = 0, config: mnp_fast.PruneConfig | None = None) -> Repair:
@@ -40,3 +45,49 @@ def repair(model: nn.Module, data: DefenceSet, seed: int = 0, config: mnp_fast.P
         suspected_target=result.suspected_target,
         evidence=result.evidence,
     )
+
+
+# ---------------------------------------------------------------- ablations: what the penalty weighs neurons by
+def repair_by_l2(
+    model: nn.Module, data: DefenceSet, seed: int = 0, config: mnp_fast.PruneConfig | None = None
+) -> Repair:
+    """MNP with L2 norms for magnitudes."""
+    return _with(_l2, model, data, seed, config)
+
+
+def repair_unweighted(
+    model: nn.Module, data: DefenceSet, seed: int = 0, config: mnp_fast.PruneConfig | None = None
+) -> Repair:
+    """MNP with one penalty for all neurons, whatever their magnitude."""
+    return _with(_ones, model, data, seed, config)
+
+
+def _with(
+    magnitude: Callable[[nn.Module, Sequence[Site]], Tensor],
+    model: nn.Module,
+    data: DefenceSet,
+    seed: int,
+    config: mnp_fast.PruneConfig | None,
+) -> Repair:
+    # The package exports a function of the module's name, which hides the module from a plain import.
+    with mock.patch.object(importlib.import_module("mnp_fast.prune"), "magnitude", magnitude):
+        return repair(model, data, seed, config)
+
+
+def _l2(model: nn.Module, sites: Sequence[Site]) -> Tensor:
+    """L2 norm of each neuron's filter over their mean; of convolutions and linear layers that sites name."""
+    parts = []
+    for site in sites:
+        squares = [
+            channel_magnitude([site_parameter(model, source.path, source.parameter)[1].detach()])[1].square()[
+                torch.as_tensor(source.rows)
+            ]
+            for source in site.sources
+        ]
+        parts.append(torch.stack([square.view(site.neurons, -1).sum(1) for square in squares]).sum(0).sqrt())
+    norms = torch.cat(parts)
+    return norms / norms.mean()
+
+
+def _ones(model: nn.Module, sites: Sequence[Site]) -> Tensor:
+    return torch.ones(total_neurons(sites))
