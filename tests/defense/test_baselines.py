@@ -20,7 +20,6 @@ from benchmarks.defense.baselines import (
     common,
     fine_pruning,
     ft_sam,
-    mnp,
     rnp,
     training,
     tsbd,
