@@ -108,8 +108,8 @@ struct Streams {
 // One vector of numbers at offset i; returns grad*act(x).
 template <class F, class T, class Lanes>
 MNP_ALWAYS_INLINE Vec backward_one(const Streams<T>& t, int64_t i, Lanes lanes, Vec mask) {
-  const Vec g = lanes.load(t.grad + i);
-  const Value value = F::template at<T>(lanes.load(t.x + i));
+  const Vec g = lanes.take(t.grad + i);
+  const Value value = F::template at<T>(lanes.take(t.x + i));
   if (t.grad_x != nullptr) lanes.store(mask * (value.slope * g), t.grad_x + i);
   return g * value.act;
 }
