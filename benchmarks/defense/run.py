@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import results_file
 from benchmarks.defense import case as cases
@@ -66,6 +66,9 @@ class Source(Protocol):
 
     def case(self, name: str) -> Case: ...
 
+    def twin(self, case: Case) -> nn.Module | None:
+        """A clean network of the same architecture, pictures and seed, if there is one."""
+
     def pictures(self, data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
@@ -81,6 +84,10 @@ class Folder:
 
     def case(self, name: str) -> Case:
         return cases.load(self.folder / f"{name}.safetensors")
+
+    def twin(self, case: Case) -> nn.Module | None:
+        name = case.name.replace(f"{case.network}-{case.attack}-", f"{case.network}-{cases.CLEAN}-", 1)
+        return self.case(name).model if name in self.names() else None
 
     def pictures(self, data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if data not in self.data:
@@ -130,14 +137,15 @@ def main(args: argparse.Namespace) -> None:
     settings = (args.shift, json.dumps(overrides, sort_keys=True), args.test)
     todo = [Job(*job, *settings) for job in product(args.cases or names, args.pictures, args.seeds, args.methods)]
     refused = []
-    name, case = "", None
+    name, case, twin = "", None, None
     for job in shard(todo, args.shard):
         if not args.again and job in done(args.json):
             continue
         if case is None or job.case != name:
             name, case = job.case, source.case(job.case)
+            twin = source.twin(case)
         try:
-            row = measure(case, source.pictures(case.data), job, PruneConfig(**overrides), oracle=args.oracle)
+            row = measure(case, source.pictures(case.data), job, PruneConfig(**overrides), twin, oracle=args.oracle)
         except MnpFastError as error:
             refused.append(f"{job.case}, {job.method}, seed {job.seed}: {error}")
             print(refused[-1], file=sys.stderr, flush=True)
@@ -180,9 +188,18 @@ def _pairs(given: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 # ---------------------------------------------------------------- one row
 def measure(
-    case: Case, data: tuple[Tensor, Tensor, Tensor, Tensor], job: Job, config: PruneConfig, *, oracle: bool
+    case: Case,
+    data: tuple[Tensor, Tensor, Tensor, Tensor],
+    job: Job,
+    config: PruneConfig,
+    twin: nn.Module | None = None,
+    *,
+    oracle: bool,
 ) -> Row:
-    """One repair: what it found, and how the network does on test pictures before and after."""
+    """One repair: what it found, and how the network does on test pictures before and after.
+
+    twin: a clean network, whose ASR (asr_clean) says what the trigger does where there is no backdoor.
+    """
     train_images, train_labels, test_images, test_labels = data
     pick = drawn(len(train_labels), job.pictures, 1000 + job.seed)
     clean = shifted(train_images[pick], job.shift)
@@ -195,6 +212,7 @@ def measure(
     row |= {"attack": case.attack, "network": case.network, "data": case.data}
     for when, found in (("before", before), ("after", after)):
         row |= {f"{name}_{when}": value for name, value in zip(("acc", "asr", "racc"), found, strict=True)}
+    row["asr_clean"] = None if twin is None else cases.measure(case, twin, *test)[1]
     row["der"] = der(before, after)
     row |= _oracle(case, repair, before, test) if oracle and repair.order is not None else {}
     row |= {"verdict": repair.verdict, "suspected_target": repair.suspected_target, "target": case.target}

@@ -91,8 +91,12 @@ def usual(rows: Iterable[Row], varied: str = "") -> list[Row]:
 
 # ---------------------------------------------------------------- tables
 def cases_table(rows: Sequence[Row], method: str) -> str:
-    """A line a case: means over the seeds, standard deviations after a +-, the worst ASR."""
-    columns = ["case", "seeds", "ACC before", "after", "ASR before", "after", "worst", "robust ACC", "DER"]
+    """A line a case: means over the seeds, standard deviations after a +-, the worst ASR.
+
+    ASR of a clean network: what the trigger does to one that was trained alike without the attack.
+    """
+    columns = ["case", "seeds", "ACC before", "after", "ASR of a clean network", "ASR before", "after", "worst"]
+    columns += ["robust ACC", "DER"]
     columns += ["target named", "verdicts", "pruned", "s"]
     cells = []
     for (case,), of in _groups([row for row in rows if row["method"] == method], "case").items():
@@ -103,6 +107,7 @@ def cases_table(rows: Sequence[Row], method: str) -> str:
                 str(len(of)),
                 _mean(of, "acc_before"),
                 _spread(of, "acc_after"),
+                _mean(of, "asr_clean"),
                 _mean(of, "asr_before"),
                 _spread(of, "asr_after"),
                 _worst(of, "asr_after"),

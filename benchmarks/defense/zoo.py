@@ -46,6 +46,9 @@ class Zoo:
             target=found.target,
         )
 
+    def twin(self, case: Case) -> None:
+        """None: networks of a zoo were not trained alike."""
+
     def pictures(self, data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(train images, train labels, test images, test labels); images uint8 (n, 3, h, w), labels int64."""
         return _pictures(self.module, data)

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from benchmarks import digits, results_file
-from benchmarks.defense import run, table, zoo
+from benchmarks.defense import case as cases
+from benchmarks.defense import networks, run, table, zoo
+from benchmarks.defense.attacks import make
 from benchmarks.defense.baselines.common import Repair
 from benchmarks.defense.case import Case
 from mnp_fast import MnpFastError, PruneConfig
@@ -113,7 +115,8 @@ def test_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     job = run.Job("tiny", 40, 1, "half_dead", "jpeg", json.dumps({"alpha": 0.5}), 100)
     pictures = (grey[0], data.train[1], grey[1], data.test[1])
-    row = run.measure(case, pictures, job, PruneConfig(alpha=0.5), oracle=True)
+    twin = half_dead(16)(model, None).model
+    row = run.measure(case, pictures, job, PruneConfig(alpha=0.5), twin, oracle=True)
     assert run.key(json.loads(json.dumps(row))) == job
     pick = run.drawn(len(data.test[1]), 100, 0)
     images, labels = grey[1][pick, :1].float() / 255, data.test[1][pick]
@@ -124,6 +127,9 @@ def test_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row[f"acc_{when}"] == pytest.approx(digits.accuracy(network, images, labels), abs=1e-6)
         assert row[f"asr_{when}"] == pytest.approx(digits.accuracy(network, attacked, wanted), abs=1e-6)
         assert row[f"racc_{when}"] == pytest.approx(digits.accuracy(network, attacked, others), abs=1e-6)
+    assert row["asr_clean"] == pytest.approx(digits.accuracy(twin, attacked, wanted), abs=1e-6)
+    assert 0 < row["asr_clean"] < row["asr_before"]
+    assert run.measure(case, pictures, job, PruneConfig(alpha=0.5), oracle=False)["asr_clean"] is None
     drops = [max(0.0, row[f"{name}_before"] - row[f"{name}_after"]) for name in ("asr", "acc")]
     assert row["der"] == pytest.approx((drops[0] - drops[1] + 1) / 2)
     assert row["oracle_der"] >= row["der"] - 1e-6
@@ -219,6 +225,24 @@ def test_pictures_without_a_file(tmp_path: Path) -> None:
         zoo.read(tmp_path / "nothing")
 
 
+def test_the_twin_is_a_clean_network_trained_alike(tmp_path: Path) -> None:
+    info = {"network": "resnet20", "data": "signs-of-the-road", "classes": 3, "mean": [0.5] * 3, "std": [0.2] * 3}
+    model = networks.build("resnet20", 3)
+    attack = make("badnets", target=1, classes=3)
+    attack.prepare(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), None, torch.Generator())
+    for name, one in ((cases.CLEAN, None), ("badnets", attack)):
+        full = f"resnet20-{name}-signs-of-the-road-4"
+        cases.save(tmp_path, model, one, info | {"name": full, "attack": name})
+        model.head.bias.data += 1  # so that one is told from the other
+    source = run.Folder(tmp_path, {})
+    twin = source.twin(source.case("resnet20-badnets-signs-of-the-road-4"))
+    assert twin is not None
+    clean = cases.load(tmp_path / "resnet20-clean-signs-of-the-road-4.safetensors").model
+    assert torch.equal(twin.head.bias, clean.head.bias)
+    (tmp_path / "resnet20-clean-signs-of-the-road-4.safetensors").unlink()
+    assert source.twin(source.case("resnet20-badnets-signs-of-the-road-4")) is None
+
+
 def test_parts_share_all_jobs_out() -> None:
     jobs = [run.Job("case", 500, seed, "mnp", "none", "{}", 100) for seed in range(7)]
     parts = [run.shard(jobs, f"{number}/3") for number in (1, 2, 3)]
@@ -235,7 +259,7 @@ def made(case: str = "a", **changes: Any) -> dict[str, Any]:
     row: dict[str, Any] = {
         "case": case, "pictures": 500, "seed": 0, "method": "mnp", "shift": "none", "config": {}, "test": 2000,
         "attack": "badnets", "network": "net", "data": "digits", "acc_before": 0.9, "acc_after": 0.88,
-        "asr_before": 1.0, "asr_after": 0.1, "racc_before": 0.0, "racc_after": 0.8, "der": 0.94,
+        "asr_clean": 0.04, "asr_before": 1.0, "asr_after": 0.1, "racc_before": 0.0, "racc_after": 0.8, "der": 0.94,
         "verdict": "evidence of a backdoor", "suspected_target": 0, "target": 0, "evidence": score(0.8),
         "pruned": 10, "neurons": 100, "seconds": 2.0, "peak_mb": 5, "stages": {},
     }  # fmt: skip
@@ -302,7 +326,7 @@ def test_table_of_cases() -> None:
     assert found["seeds"] == "2"
     assert found["ACC before"] == "0.900"
     assert first[3] == "0.870 +- 0.014"
-    assert first[5] == "0.200 +- 0.141"
+    assert first[4:7] == ["0.040", "1.000", "0.200 +- 0.141"]
     assert found["worst"] == "0.300"
     assert found["DER"] == "0.885 +- 0.078"
     assert found["target named"] == "1 of 2"
