@@ -42,10 +42,10 @@ class PruneConfig:
     """Size of those for evidence, made with batch statistics: their L2 norm over the mean L2 norm of the pictures'
     deviation from the mean of each channel. Measured."""
     perturbation_size: float = 0.4
-    """The same of those for masks and fine-tuning, made with recalibrated statistics. Measured."""
-    unsuspected_size: float = 0.2
-    """The same where no target is suspected, a precaution against what the verdict misses; half of it in the search
-    for the class. Measured."""
+    """The same of those for masks and fine-tuning, made with recalibrated statistics; a quarter of it in the search for
+    the class. Measured."""
+    unsuspected_size: float = 0.3
+    """The same where no target is suspected, a precaution against what the verdict misses. Measured."""
 
     alpha: float = 0.3
     """Weight of the loss of the suppressed model against that of the model itself, in [0, 1]. Measured."""

@@ -107,6 +107,7 @@ def perturb(
     *,
     size: float,
     steps: int,
+    start: Tensor | None = None,
     batch_statistics: bool = False,
 ) -> Tensor:
     """Universal perturbations (Moosavi-Dezfooli et al., arXiv 1610.08401), one for each class of ``targets``.
@@ -117,7 +118,8 @@ def perturb(
     what pulls even so is evidence. With recalibrated ones (`recalibrate_`) triggers work in full (docs/decisions.md),
     and half a batch is enough for a step.
 
-    size: L2 norm over the mean L2 norm of the pictures' deviation from the mean of each channel. Returns
+    size: L2 norm over the mean L2 norm of the pictures' deviation from the mean of each channel. start: where to go on
+    from, as this returns it; without, each starts from noise. Returns
     (len(targets), ...) float32, each in the shape of a picture, on the device of the data.
     """
     spread = data.images - data.images.mean([0, *range(2, data.images.dim())], keepdim=True)
@@ -125,14 +127,17 @@ def perturb(
     ones = torch.ones(sum(site.neurons for site in sites), device=data.images.device)
     found = []
     with masked(suppressed, sites, ones, batch_statistics=batch_statistics, how=how):
-        for target in targets:
+        for number, target in enumerate(targets):
             others = data.subset(data.labels != target)
             pictures = others if len(others) else data
             batch_size = config.batch_size if batch_statistics else _half_batch(config)
             batches = _endless(partial(pictures.batches, batch_size, generator))
-            # Drawn on the CPU: the same numbers whatever the device.
-            start = torch.randn(data.images.shape[1:], generator=generator).to(data.images.device)
-            perturbation = start * (_PERTURBATION_STEP / 2 * radius / start.norm().clamp_min(1e-12))
+            if start is None:
+                # Drawn on the CPU: the same numbers whatever the device.
+                noise = torch.randn(data.images.shape[1:], generator=generator).to(data.images.device)
+                perturbation = noise * (_PERTURBATION_STEP / 2 * radius / noise.norm().clamp_min(1e-12))
+            else:
+                perturbation = start[number].clone()
             for _ in range(steps):
                 perturbation.requires_grad_()
                 loss = pull(logits_of(suppressed(next(batches)[0] + perturbation)), target)

@@ -184,19 +184,20 @@ class _Run:
         recalibrated statistics, and in the model itself."""
         logits = predict(suppressed, self.learning, self.config.batch_size, self.device)
         tried = commonest(logits, _CANDIDATES)
-        # Half as far as where nothing is suspected, in half as many steps, tells the classes apart.
-        size, steps = self.config.unsuspected_size / 2, max(1, self.config.perturbation_steps // 2)
-        found = dict(zip(tried, self.perturbations("search", suppressed, tried, size, steps), strict=True))
-        pulls, transferred = (
-            {target: self.pulled(network, one, target) for target, one in found.items()}
-            for network in (suppressed, self.plain)
-        )
+        # Smaller than for repair: what is large pulls into every class.
+        size, steps = self.config.perturbation_size / 4, self.config.perturbation_steps
+        # Halfway they fool the model itself least into classes that are not the target (docs/decisions.md).
+        early = self.perturbations("search", suppressed, tried, size, max(1, steps // 2))
+        transferred = {target: self.pulled(self.plain, one, target) for target, one in zip(tried, early, strict=True)}
+        found = self.perturbations("search", suppressed, tried, size, steps, start=early)
+        pulls = {target: self.pulled(suppressed, one, target) for target, one in zip(tried, found, strict=True)}
         return pulls, transferred
 
     def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None) -> Tensor:
-        """Perturbations for masks and fine-tuning: towards the suspected class, or else the one that was searched."""
+        """Perturbations for masks and fine-tuning: towards the suspected class, or else the two that were weighed."""
         size = self.config.unsuspected_size if target is None else self.config.perturbation_size
-        towards = [evidence.searched_class if target is None else target] * self.config.perturbations
+        classes = [evidence.searched_class, evidence.pulled_class] if target is None else [target]
+        towards = [classes[number % len(classes)] for number in range(self.config.perturbations)]
         with self.stage("perturb"):
             return self.perturbations("perturb", suppressed, towards, size)
 
@@ -215,6 +216,7 @@ class _Run:
         targets: list[int],
         size: float,
         steps: int | None = None,
+        start: Tensor | None = None,
         batch_statistics: bool = False,
     ) -> Tensor:
         steps = self.config.perturbation_steps if steps is None else steps
@@ -230,6 +232,7 @@ class _Run:
             self.how,
             size=size,
             steps=steps,
+            start=start,
             batch_statistics=batch_statistics,
         )
 

@@ -427,6 +427,24 @@ def test_perturbations_pull_into_their_classes(known: nn.Module, batch_statistic
     assert not torch.equal(found[0], found[2])
 
 
+def test_perturbations_go_on_from_where_they_were(known: nn.Module) -> None:
+    model, data = copy.deepcopy(known), quadrants()
+    sites = find_sites(model, data.images[:2])
+    config = PruneConfig(batch_size=240)  # all pictures in a step: their order alone is drawn
+
+    def further(targets: list[int], steps: int, start: Tensor | None = None) -> Tensor:
+        how = {"size": 1.5, "steps": steps, "start": start, "batch_statistics": True}
+        return perturb(model, targets, sites, data, config, seeded(), QUIET, **how)
+
+    early = further([3], 4)
+    kept = early.clone()
+    torch.testing.assert_close(further([3], 3, early), further([3], 7), rtol=1e-3, atol=1e-3)
+    assert torch.equal(early, kept)
+    assert not torch.allclose(further([3], 7), early, rtol=1e-3, atol=1e-3)
+    both = torch.cat([early, -early])
+    assert torch.equal(further([3, 1], 0, both), both)
+
+
 def test_recalibrated_statistics_are_those_of_the_pictures(known: nn.Module) -> None:
     data, model = quadrants(), copy.deepcopy(known)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -211,19 +211,19 @@ def test_perturbed_towards_the_suspect_or_else_the_class_that_was_searched(
 
     monkeypatch.setattr(prune_module._Run, "pulled", pulled)
     result = run(model, config=config)
-    target = 2 if suspected else 3
     assert result.suspected_target == (2 if suspected else None)
     _, entry, weighing, *_ = result.history
     assert (weighing["classes"], weighing["perturbations"]) == ([3, 2], 4)
-    searched, weighed, repair = asked["perturb"]
+    searched, farther, weighed, repair = asked["perturb"]
     size, steps = config.perturbation_size if suspected else config.unsuspected_size, config.perturbation_steps
-    assert searched[0][1] == [2, 1, 3, 0]
-    small = config.unsuspected_size / 2
-    assert searched[1] == {"size": small, "steps": steps // 2, "batch_statistics": False}
+    assert searched[0][1] == farther[0][1] == [2, 1, 3, 0]
+    small = {"size": config.perturbation_size / 4, "batch_statistics": False}
+    assert searched[1] == small | {"steps": steps // 2, "start": None}
+    assert farther[1] == small | {"steps": steps, "start": given[0]}
     assert weighed[0][1] == [3, 3, 2, 2]
-    assert repair[0][1] == [target] * 4
-    assert weighed[1] == {"size": config.evidence_size, "steps": steps, "batch_statistics": True}
-    assert repair[1] == {"size": size, "steps": steps, "batch_statistics": False}
+    assert repair[0][1] == ([2] * 4 if suspected else [3, 2, 3, 2])
+    assert weighed[1] == {"size": config.evidence_size, "steps": steps, "start": None, "batch_statistics": True}
+    assert repair[1] == {"size": size, "steps": steps, "start": None, "batch_statistics": False}
     assert (entry["class"], entry["tried"]) == (3, 4)
     ((masks, _),) = asked["learn_masks"]
     assert masks[2] is given[-1]
