@@ -192,7 +192,8 @@ def counts_of(
         # For new statistics, as they are, and with each perturbation, as if of all pictures; in the search of the
         # learning ones, with the suppressed model and the model itself.
         exposed=3 + by["weigh"]["perturbations"] + round(2 * by["search"]["tried"] * (1 - config.held_back)),
-        search=by["search"]["tried"] * max(1, config.perturbation_steps // 2),
+        # Half of them before the model itself is asked, and then all.
+        search=by["search"]["tried"] * (max(1, config.perturbation_steps // 2) + config.perturbation_steps),
         weigh=by["weigh"]["perturbations"] * config.perturbation_steps,
         perturb=config.perturbations * config.perturbation_steps,
         masks=by["masks"]["steps"],
