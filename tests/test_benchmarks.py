@@ -273,7 +273,8 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     assert calls["perturb"] == counts.search + counts.weigh + counts.perturb
     # Windows that were taken back are run and not counted.
     assert counts.suppress <= calls["suppress"]
-    assert counts.search == 3 * tried and counts.perturb == 6
+    assert counts.search == 3 * tried
+    assert counts.perturb == 6
     weighed = {len(data[1]), *(int((data[1] != label).sum()) for label in classes)}
     assert sum(calls[f"prune {size}"] for size in weighed) == 1 + result.history[2]["perturbations"]
     # New statistics, and the answers of the teacher.

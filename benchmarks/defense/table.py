@@ -125,9 +125,10 @@ def cases_table(rows: Sequence[Row], method: str) -> str:
 def methods_table(rows: Sequence[Row], by: str) -> str:
     """A line a method, or one for each value of ``by`` and each method, over attacked networks; best mean DER first."""
     names = ["method"] if by == "method" else [by, "method"]
-    columns = [*names, "runs", "ACC drop", "ASR", "worst ASR", "robust ACC", "DER", "s"]
-    columns += [f"test-picked threshold: {name}" for name in ("ACC", "ASR", "DER")]
     attacked = [row for row in usual(rows, by) if row["der"] is not None]
+    columns = [*names, "runs", "ACC drop", "ASR", "worst ASR", "robust ACC", "DER", "s"]
+    picked = ("acc", "asr", "der") if _values(attacked, "oracle_der") else ()
+    columns += [f"test-picked threshold: {name.upper()}" for name in picked]
     groups = _groups(_common(attacked, by) if by in ("method", *SETTINGS) else attacked, *names)
     order = sorted(groups, key=lambda group: (*_sortable(group[:-1]), -fmean(row["der"] for row in groups[group])))
     cells = []
@@ -136,7 +137,7 @@ def methods_table(rows: Sequence[Row], by: str) -> str:
         drop = fmean(row["acc_before"] - row["acc_after"] for row in of)
         cells.append(
             [
-                *map(str, group),
+                *map(_shown, group),
                 str(len(of)),
                 f"{drop:.3f}",
                 _mean(of, "asr_after"),
@@ -144,7 +145,7 @@ def methods_table(rows: Sequence[Row], by: str) -> str:
                 _mean(of, "racc_after"),
                 _mean(of, "der"),
                 f"{fmean(row['seconds'] for row in of):.1f}",
-                *(_mean(of, f"oracle_{name}") for name in ("acc", "asr", "der")),
+                *(_mean(of, f"oracle_{name}") for name in picked),
             ]
         )
     return markdown(columns, cells)
@@ -232,6 +233,13 @@ def _groups(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]
         group = tuple(json.dumps(value, sort_keys=True) if isinstance(value, dict) else value for value in values)
         groups.setdefault(group, []).append(row)
     return groups
+
+
+def _shown(value: Any) -> str:
+    """A value of a group; settings as `--config` takes them."""
+    if isinstance(value, str) and value.startswith("{"):
+        return " ".join(f"{name}={setting}" for name, setting in json.loads(value).items()) or "defaults"
+    return str(value)
 
 
 def _sortable(values: tuple[Any, ...]) -> tuple[Any, ...]:
