@@ -360,7 +360,7 @@ def test_table_of_pictures() -> None:
     _, _, *body = lines(table.tables(ROWS)["shifts"])
     assert [line[0] for line in body] == ["jpeg", "none"]
     _, _, *body = lines(table.tables(ROWS)["configs"])
-    assert [line[0] for line in body] == ['{"alpha": 0.9}', "{}"]
+    assert [line[0] for line in body] == ["alpha=0.9", "defaults"]
     _, _, *body = lines(table.methods_table(ROWS, "attack"))
     assert [line[:3] for line in body] == [["badnets", "mnp", "2"], ["badnets", "anp", "1"]]
 
