@@ -187,13 +187,14 @@ def counts_of(
     window = max(1, 512 // config.batch_size)
     windows = [min(window, passes - first) for first in range(0, passes, window)]
     passes_of_repair = config.finetune_epochs if "fine-tune" in by else 0
+    tried, waved = by["search"]["tried"], by["search"]["waved"] / len(learning)
     return Counts(
         suppress=sum(windows[number % len(windows)] for number in range(by["suppress"]["windows"])),
         # For new statistics, as they are, and with each perturbation, as if of all pictures; in the search of the
-        # learning ones, with the suppressed model and the model itself.
-        exposed=3 + by["weigh"]["perturbations"] + round(2 * by["search"]["tried"] * (1 - config.held_back)),
+        # learning ones, with the suppressed model and the model itself, and of those with waves.
+        exposed=3 + by["weigh"]["perturbations"] + round((2 * tried + waved) * (1 - config.held_back)),
         # Half of them before the model itself is asked, and then all.
-        search=by["search"]["tried"] * (max(1, config.perturbation_steps // 2) + config.perturbation_steps),
+        search=tried * (max(1, config.perturbation_steps // 2) + config.perturbation_steps),
         weigh=by["weigh"]["perturbations"] * config.perturbation_steps,
         perturb=config.perturbations * config.perturbation_steps,
         masks=by["masks"]["steps"],

@@ -49,6 +49,10 @@ class DefenceSet:
             where = where.long()
         return DefenceSet(self.images[where], self.labels[where])
 
+    def deviation(self) -> Tensor:
+        """(n, ...): the pictures less the mean of each channel over all of them."""
+        return self.images - self.images.mean([0, *range(2, self.images.dim())], keepdim=True)
+
     def split(self, held_back: float, generator: torch.Generator) -> tuple[DefenceSet, DefenceSet]:
         """Split into (learning, held back), stratified by label; the same seed gives the same split.
 

@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnp_fast.config import PruneConfig
+from mnp_fast.waves import Wave
 
 EVIDENCE = "evidence of a backdoor"
 SUSPICIOUS = "suspicious"
 NONE_FOUND = "no evidence found"
 FEWEST_CLASSES = 5
 """With fewer, clean networks collapse into one class too (seen with 2 to 4): suspicion is then all there can be."""
+_CONTRAST = 1.8
+"""What the contrast of a wave counts for: networks with SIG had .6 and more, all others less than .25."""
 _TRANSFER = 2.4
 """What the lead of the class that transfers best counts for: clean networks had leads up to .28, attacked ones, where
 the trigger is found at all, from .38 on."""
@@ -32,8 +35,9 @@ class Evidence:
     most often, into whichever perturbations for evidence pull better; perturbed_share: the share of pictures of other
     classes that it puts there once they are perturbed, mean over the perturbations. transferred_class: the class whose
     small perturbation fools the model itself best; transferred_share: the share of pictures of other classes that the
-    model puts there with it; transferred_second: the same of the class after it. batch_norms: whether the network has
-    any BatchNorm.
+    model puts there with it; transferred_second: the same of the class after it. wave_class and wave_contrast: the
+    class and the contrast of the wave whose phase matters most to the model itself (`mnp_fast.waves`; None and 0 where
+    no waves were tried). batch_norms: whether the network has any BatchNorm.
     """
 
     classes: int
@@ -46,23 +50,43 @@ class Evidence:
     transferred_class: int
     transferred_share: float
     transferred_second: float
+    wave_class: int | None
+    wave_contrast: float
     batch_norms: bool
 
     @property
     def score(self) -> float:
-        """In [0, 1]: the perturbed share, or 2.4 times the lead of the class that transfers best, where that is more.
+        """In [0, 1]: the largest of the perturbed share, 2.4 times the lead of the class that transfers best, and 1.8
+        times the contrast of the wave.
 
-        Without BatchNorm the lead alone: nothing takes out what all pictures share, and a clean ViT is fooled
-        altogether (perturbed share 1.0).
+        Without BatchNorm the perturbed share does not count: nothing takes out what all pictures share, and a clean ViT
+        is fooled altogether (1.0).
         """
-        lead = min(1.0, _TRANSFER * (self.transferred_share - self.transferred_second))
-        return max(self.perturbed_share, lead) if self.batch_norms else lead
+        return max(self._scores.values())
 
     @property
-    def suspect(self) -> int:
+    def suspect(self) -> int | None:
         """The class that the score is about."""
-        by_pull = self.batch_norms and self.score == self.perturbed_share
-        return self.pulled_class if by_pull else self.transferred_class
+        classes = {"pull": self.pulled_class, "transfer": self.transferred_class, "wave": self.wave_class}
+        return classes[self._strongest]
+
+    @property
+    def by_wave(self) -> bool:
+        """Whether the score is the wave's, and more than every other."""
+        return self._strongest == "wave"
+
+    @property
+    def _scores(self) -> dict[str, float]:
+        lead = self.transferred_share - self.transferred_second
+        scores = {"pull": self.perturbed_share} if self.batch_norms else {}
+        scores |= {"transfer": _TRANSFER * lead, "wave": _CONTRAST * self.wave_contrast}
+        return {name: min(1.0, max(0.0, score)) for name, score in scores.items()}
+
+    @property
+    def _strongest(self) -> str:
+        """Of equals the first."""
+        scores = self._scores
+        return max(scores, key=scores.__getitem__)
 
     def report(self) -> dict[str, Any]:
         return asdict(self) | {"score": self.score}
@@ -80,13 +104,14 @@ def weigh(
     labels: Tensor,
     perturbed_logits: Mapping[int, Tensor],
     transferred: Mapping[int, float],
+    wave: Wave | None,
     batch_norms: bool,
 ) -> Evidence:
     """Evidence from the suppressed model's logits (n, classes) for clean pictures with ``labels`` (n,).
 
     perturbed_logits: for each class that is weighed, the searched one first, (k, classes) of pictures of other classes
     that are perturbed towards it. transferred: for each class that was searched, the share of pictures of other classes
-    that the model itself puts there with its small perturbation.
+    that the model itself puts there with its small perturbation. wave: as `find_wave` gives it.
     Clean suppression takes the clean function away; where a backdoor stays behind, it pulls clean pictures into its
     target class, and what little must be added to pull all of them is found easily; where that is near the trigger it
     fools the model itself too, while fragile clean models are fooled into several classes alike. Limits:
@@ -109,6 +134,8 @@ def weigh(
         transferred_class=carried[0],
         transferred_share=transferred[carried[0]],
         transferred_second=transferred[carried[1]] if len(carried) > 1 else 0.0,
+        wave_class=None if wave is None else wave.target,
+        wave_contrast=0.0 if wave is None else wave.contrast,
         batch_norms=batch_norms,
     )
 

@@ -122,8 +122,7 @@ def perturb(
     from, as this returns it; without, each starts from noise. Returns
     (len(targets), ...) float32, each in the shape of a picture, on the device of the data.
     """
-    spread = data.images - data.images.mean([0, *range(2, data.images.dim())], keepdim=True)
-    radius = size * float(spread.flatten(1).norm(dim=1).mean())
+    radius = size * float(data.deviation().flatten(1).norm(dim=1).mean())
     ones = torch.ones(sum(site.neurons for site in sites), device=data.images.device)
     found = []
     with masked(suppressed, sites, ones, batch_statistics=batch_statistics, how=how):

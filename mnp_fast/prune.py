@@ -31,6 +31,7 @@ from mnp_fast.result import PruneResult, ScanResult
 from mnp_fast.select import Selection, select
 from mnp_fast.sites import find_sites
 from mnp_fast.stats import magnitude
+from mnp_fast.waves import Wave, find_wave
 
 
 def prune(
@@ -68,9 +69,10 @@ def prune(
     with run.stages():
         suppressed, evidence = run.expose()
         target = verdict(evidence, run.config)[1]
-        perturbations = run.perturb(suppressed, evidence, target)
-        mask, order = run.learn_masks(suppressed, perturbations)
+        exposed, perturbations = run.perturb(suppressed, evidence, target)
         del suppressed
+        mask, order = run.learn_masks(exposed, perturbations)
+        del exposed
         selection = run.select(mask, order, target is not None)
         repaired = run.repair(selection, perturbations)
     return run.result(evidence, mask, selection, repaired, triggered)
@@ -131,6 +133,7 @@ class _Run:
         captured = capture(self.plain, self.sites, self.data.images[:2].to(self.device))
         self.how = Execution(captured, product_dtype(self.config.precision, self.device))
         self.bar = Progress(self.progress)
+        self.wave: Wave | None = None
 
     def working_copy(self) -> nn.Module:
         """A copy of the caller's model on the device of the run, in float32, every weight trainable."""
@@ -161,7 +164,9 @@ class _Run:
             recalibrate_(suppressed, self.learning, self.config)
             pulls, transferred = self.search(suppressed)
             searched = max(pulls, key=pulls.__getitem__)
-            entry |= {"class": searched, "tried": len(pulls)}
+            size = self.config.perturbation_size
+            self.wave = find_wave(self.plain, self.learning, size, self.config, self.bar, self.how)
+            entry |= {"class": searched, "tried": len(pulls), "waved": 0 if self.wave is None else self.wave.waved}
         with self.stage("weigh") as entry:
             logits = self.suppressed_logits(suppressed, self.data)
             weighed = list(dict.fromkeys([searched, *commonest(logits, 1)]))
@@ -175,7 +180,7 @@ class _Run:
                 perturbed[target].append(self.suppressed_logits(suppressed, images))
             norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
             answers = {one: torch.cat(perturbed[one]) for one in weighed}
-            evidence = weigh(logits, self.data.labels, answers, transferred, norms)
+            evidence = weigh(logits, self.data.labels, answers, transferred, self.wave, norms)
             entry |= {"classes": weighed, "perturbations": len(each)}
         return suppressed, evidence
 
@@ -193,13 +198,17 @@ class _Run:
         pulls = {target: self.pulled(suppressed, one, target) for target, one in zip(tried, found, strict=True)}
         return pulls, transferred
 
-    def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None) -> Tensor:
-        """Perturbations for masks and fine-tuning: towards the suspected class, or else the two that were weighed."""
-        size = self.config.unsuspected_size if target is None else self.config.perturbation_size
-        classes = [evidence.searched_class, evidence.pulled_class] if target is None else [target]
-        towards = [classes[number % len(classes)] for number in range(self.config.perturbations)]
+    def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None) -> tuple[nn.Module, Tensor]:
+        """The model that masks are learned on, and the perturbations for masks and fine-tuning: of the suppressed model
+        towards the suspected class, or else the two that were weighed. Where the verdict rests on a wave the suppressed
+        model has lost the backdoor: then the model itself, and the wave."""
         with self.stage("perturb"):
-            return self.perturbations("perturb", suppressed, towards, size)
+            if target is not None and evidence.by_wave and self.wave is not None:
+                return self.working_copy(), self.wave.picture[None]
+            size = self.config.unsuspected_size if target is None else self.config.perturbation_size
+            classes = [evidence.searched_class, evidence.pulled_class] if target is None else [target]
+            towards = [classes[number % len(classes)] for number in range(self.config.perturbations)]
+            return suppressed, self.perturbations("perturb", suppressed, towards, size)
 
     def pulled(self, network: nn.Module, perturbation: Tensor, target: int) -> float:
         """Share of the learning pictures of other classes that go to ``target`` once they are perturbed."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mnp_fast import PruneConfig
 from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, commonest, verdict, weigh
+from mnp_fast.waves import Wave
 
 
 def answers(counts: list[int]) -> Tensor:
@@ -21,7 +22,9 @@ def answers(counts: list[int]) -> Tensor:
     return 5.0 * torch.nn.functional.one_hot(predicted, len(counts)).float()
 
 
-def evidence(share: float, target: int = 3, batch_norms: bool = True, transferred: float = 0.1) -> Evidence:
+def evidence(
+    share: float, target: int = 3, batch_norms: bool = True, transferred: float = 0.1, wave: float = 0.0
+) -> Evidence:
     return Evidence(
         classes=10,
         collapse_share=0.3,
@@ -33,6 +36,8 @@ def evidence(share: float, target: int = 3, batch_norms: bool = True, transferre
         transferred_class=7,
         transferred_share=transferred,
         transferred_second=0.1,
+        wave_class=5,
+        wave_contrast=wave,
         batch_norms=batch_norms,
     )
 
@@ -45,7 +50,7 @@ def test_weigh(counts: list[int], top: int, second: float) -> None:
     labels = torch.arange(10) % len(counts)
     assert commonest(logits, 1)[0] == top
     pulled = len(counts) - 1
-    found = weigh(logits, labels, {pulled: answers([1] * pulled + [5])}, {0: 0.0}, True)
+    found = weigh(logits, labels, {pulled: answers([1] * pulled + [5])}, {0: 0.0}, None, True)
     assert found.pulled_class == found.searched_class == pulled
     assert found.perturbed_share == pytest.approx(5 / (len(counts) + 4))
     assert found.collapse_share == pytest.approx(counts[top] / 10)
@@ -58,20 +63,20 @@ def test_weigh(counts: list[int], top: int, second: float) -> None:
 def test_of_two_classes_the_one_that_is_pulled_into_better() -> None:
     logits, labels = answers([3, 4, 3]), torch.arange(10) % 3
     shares = {2: answers([2, 2, 6]), 1: answers([1, 7, 2])}
-    found = weigh(logits, labels, shares, {0: 0.0}, True)
+    found = weigh(logits, labels, shares, {0: 0.0}, None, True)
     assert (found.searched_class, found.pulled_class, found.perturbed_share) == (2, 1, 0.7)
-    found = weigh(logits, labels, {2: shares[2], 1: answers([2, 6, 2])}, {0: 0.0}, True)
+    found = weigh(logits, labels, {2: shares[2], 1: answers([2, 6, 2])}, {0: 0.0}, None, True)
     assert (found.searched_class, found.pulled_class, found.perturbed_share) == (2, 2, 0.6)
 
 
 def test_what_transfers() -> None:
     logits, labels = answers([3, 4, 3]), torch.arange(10) % 3
-    found = weigh(logits, labels, {2: logits}, {2: 0.1, 0: 0.75, 1: 0.5}, True)
+    found = weigh(logits, labels, {2: logits}, {2: 0.1, 0: 0.75, 1: 0.5}, None, True)
     assert (found.transferred_class, found.transferred_share, found.transferred_second) == (0, 0.75, 0.5)
     assert (found.pulled_class, found.perturbed_share) == (2, 0.3)
     assert (found.score, found.suspect) == (pytest.approx(0.6), 0)
     assert found.report()["score"] == found.score
-    only = weigh(logits, labels, {2: logits}, {2: 0.25}, True)
+    only = weigh(logits, labels, {2: logits}, {2: 0.25}, None, True)
     assert (only.transferred_class, only.transferred_share, only.transferred_second) == (2, 0.25, 0.0)
 
 
@@ -97,14 +102,14 @@ def test_score(pulled: float, transferred: float, score: float, suspect: int) ->
 
 def test_what_is_found_does_not_hang_on_the_labels() -> None:
     logits = answers([1, 2, 6, 1])
-    one, other = (weigh(logits, torch.full((10,), label), {2: logits}, {0: 0.0}, True) for label in (0, 2))
+    one, other = (weigh(logits, torch.full((10,), label), {2: logits}, {0: 0.0}, None, True) for label in (0, 2))
     assert one.perturbed_share == other.perturbed_share == 0.6
     assert one.collapse_share == other.collapse_share
     assert one.suppressed_loss > other.suppressed_loss
 
 
 def test_report_is_plain_json() -> None:
-    found = weigh(answers([1, 9]), torch.arange(10) % 2, {1: answers([2, 3])}, {0: 0.0}, True)
+    found = weigh(answers([1, 9]), torch.arange(10) % 2, {1: answers([2, 3])}, {0: 0.0}, None, True)
     assert json.loads(json.dumps(found.report(), allow_nan=False)) == found.report()
     assert found.report()["collapse_share"] == found.collapse_share
 
@@ -141,13 +146,16 @@ def test_from_logits_to_verdict() -> None:
     config = PruneConfig(suspicion_score=0.5, evidence_score=0.7)
     labels = torch.arange(10) % 4
     plain = answers([2, 2, 4, 1, 1])
-    assert verdict(weigh(plain, labels, {2: answers([1, 1, 8, 0, 0])}, {0: 0.0}, True), config) == (EVIDENCE, 2)
-    assert verdict(weigh(plain, labels, {2: answers([2, 2, 6, 0, 0])}, {0: 0.0}, True), config) == (SUSPICIOUS, 2)
-    assert verdict(weigh(plain, labels, {2: answers([8, 0, 2, 0, 0])}, {0: 0.0}, True), config) == (NONE_FOUND, None)
+    assert verdict(weigh(plain, labels, {2: answers([1, 1, 8, 0, 0])}, {0: 0.0}, None, True), config) == (EVIDENCE, 2)
+    assert verdict(weigh(plain, labels, {2: answers([2, 2, 6, 0, 0])}, {0: 0.0}, None, True), config) == (SUSPICIOUS, 2)
+    assert verdict(weigh(plain, labels, {2: answers([8, 0, 2, 0, 0])}, {0: 0.0}, None, True), config) == (
+        NONE_FOUND,
+        None,
+    )
 
 
 def test_few_classes_are_at_most_suspicious() -> None:
-    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, {1: answers([0, 10, 0, 0])}, {0: 0.0}, True)
+    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, {1: answers([0, 10, 0, 0])}, {0: 0.0}, None, True)
     assert verdict(found, PruneConfig()) == (SUSPICIOUS, 1)
 
 
@@ -163,7 +171,41 @@ def test_a_share_right_at_the_bound_counts(share: float) -> None:
     top = round(100 * share)
     perturbed = answers([top, *[1] * (100 - top)])
     found = weigh(
-        answers([4, *[1] * (100 - top)]), torch.zeros(104 - top, dtype=torch.int64), {0: perturbed}, {0: 0.0}, True
+        answers([4, *[1] * (100 - top)]),
+        torch.zeros(104 - top, dtype=torch.int64),
+        {0: perturbed},
+        {0: 0.0},
+        None,
+        True,
     )
     assert verdict(found, PruneConfig(suspicion_score=share, evidence_score=share)) == (EVIDENCE, 0)
     assert verdict(found, PruneConfig(suspicion_score=share, evidence_score=1.0))[0] == SUSPICIOUS
+
+
+@pytest.mark.parametrize(
+    ("pulled", "transferred", "wave", "batch_norms", "score", "suspect"),
+    [
+        (0.3, 0.1, 0.4, True, 0.72, 5),
+        (0.3, 0.1, 0.9, True, 1.0, 5),
+        (1.0, 0.1, 0.9, True, 1.0, 3),  # of equals the pull
+        (0.8, 0.1, 0.4, True, 0.8, 3),
+        (0.3, 0.4, 0.3, True, 0.72, 7),
+        (1.0, 0.1, 0.3, False, 0.54, 5),
+        (0.0, 0.0, -0.1, True, 0.0, 3),
+    ],
+)
+def test_score_of_a_wave(
+    pulled: float, transferred: float, wave: float, batch_norms: bool, score: float, suspect: int
+) -> None:
+    found = evidence(pulled, transferred=transferred, wave=wave, batch_norms=batch_norms)
+    assert found.score == pytest.approx(score)
+    assert found.suspect == suspect
+    assert found.by_wave is (suspect == 5)
+
+
+def test_weigh_takes_the_wave_as_it_is() -> None:
+    logits, labels = answers([3, 4, 3]), torch.arange(10) % 3
+    found = weigh(logits, labels, {1: logits}, {0: 0.0}, Wave(2, 0.75, torch.zeros(3, 8, 8), 100), True)
+    assert (found.wave_class, found.wave_contrast) == (2, 0.75)
+    without = weigh(logits, labels, {1: logits}, {0: 0.0}, None, True)
+    assert (without.wave_class, without.wave_contrast) == (None, 0.0)

@@ -29,6 +29,7 @@ from mnp_fast.detect import Evidence
 from mnp_fast.graph.trace import Captured
 from mnp_fast.masked import prune_
 from mnp_fast.sites import find_sites
+from mnp_fast.waves import Wave
 
 SHORT = PruneConfig(
     batch_size=40,
@@ -181,11 +182,16 @@ def test_perturbed_towards_the_suspect_or_else_the_class_that_was_searched(
     inner_weigh = prune_module.weigh
 
     def weighed_2(
-        logits: Tensor, labels: Tensor, perturbed: dict[int, Tensor], transferred: dict[int, float], norms: bool
+        logits: Tensor,
+        labels: Tensor,
+        perturbed: dict[int, Tensor],
+        transferred: dict[int, float],
+        wave: Wave | None,
+        norms: bool,
     ) -> Evidence:
         assert list(perturbed) == [3, 2]
         assert transferred == {2: 0.1, 1: 0.3, 3: 0.2, 0: 0.0}
-        found = inner_weigh(logits, labels, perturbed, transferred, True)
+        found = inner_weigh(logits, labels, perturbed, transferred, wave, True)
         assert (found.transferred_class, found.transferred_share, found.transferred_second) == (1, 0.3, 0.2)
         return replace(found, classes=5, pulled_class=2, perturbed_share=0.5)
 
@@ -761,3 +767,36 @@ def test_a_clean_twin_keeps_its_accuracy(data: digits.Digits) -> None:
     assert result.model is not None
     assert digits.accuracy(result.model, *data.test) > digits.accuracy(twin, *data.test) - 0.03
     assert result.verdict != "evidence of a backdoor"
+
+
+@pytest.mark.parametrize(("contrast", "target"), [(0.9, 1), (0.0, None)])
+def test_where_a_wave_is_suspected_it_is_what_is_repaired_with(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, contrast: float, target: int | None
+) -> None:
+    """The suppressed model has lost such a backdoor: masks are learned on the model itself."""
+    wave = Wave(1, contrast, torch.linspace(-1, 1, 36).view(1, 6, 6), 100)
+    monkeypatch.setattr(prune_module, "find_wave", lambda *_: wave)
+    inner = prune_module.weigh
+    monkeypatch.setattr(
+        prune_module, "weigh", lambda *args: replace(inner(*args), perturbed_share=0.0, transferred_share=0)
+    )
+    asked: dict[str, tuple[Any, ...]] = {}
+    for name in ("learn_masks", "finetune_"):
+        stage = getattr(prune_module, name)
+
+        def noted(*args: Any, name: str = name, stage: Any = stage) -> Any:
+            asked[name] = args
+            return stage(*args)
+
+        monkeypatch.setattr(prune_module, name, noted)
+    before = snapshot(model)
+    result = run(model, config=replace(SHORT, suspicion_score=0.8, evidence_score=0.9))
+    assert snapshot(model) == before
+    assert result.suspected_target == target
+    assert result.evidence["wave_contrast"] == contrast
+    assert result.history[1]["waved"] == 100
+    plain, exposed, perturbations = asked["learn_masks"][:3]
+    assert exposed is not plain
+    assert equal(dict(exposed.state_dict()), dict(plain.state_dict())) is (target is not None)
+    assert torch.equal(perturbations[0], wave.picture) is (target is not None)
+    assert asked["finetune_"][4] is perturbations
