@@ -44,7 +44,7 @@ class PruneConfig:
     perturbation_size: float = 0.4
     """The same of those for masks and fine-tuning, made with recalibrated statistics; a quarter of it in the search for
     the class. Measured."""
-    unsuspected_size: float = 0.3
+    unsuspected_size: float = 0.2
     """The same where no target is suspected, a precaution against what the verdict misses. Measured."""
 
     alpha: float = 0.3
