@@ -20,7 +20,7 @@ from mnp_fast.masked import MODULES, Execution, masked
 from mnp_fast.optimize import predict
 from mnp_fast.progress import Progress
 
-_PERIODS = 8  # at most, along either side
+_FEWEST, _PERIODS = 3, 8  # at least along one side, at most along either
 _QUARTERS, _EIGHTHS = 4, 8  # phases, when all waves are tried and when the best are looked at again
 _FEW, _MANY = 12, 120  # pictures, likewise
 _BEST = 4
@@ -50,10 +50,10 @@ def find_wave(
     """The wave whose phase matters most to ``model``, as it came, on clean pictures (n, channels, height, width).
 
     size: L2 norm of a wave over the mean L2 norm of the pictures' deviation from the mean of each channel. Every
-    channel has its share by its own deviation. None where pictures have no height and width or are smaller than 8
+    channel has its share by its own deviation. None where pictures have no height and width or are smaller than 12
     pixels, and where there are fewer than eight of them.
     """
-    if data.images.dim() != 4 or min(data.images.shape[-2:]) < 8 or len(data) < 8:
+    if data.images.dim() != 4 or min(data.images.shape[-2:]) < 4 * _FEWEST or len(data) < 8:
         return None
     deviation = data.deviation()
     channels = deviation.square().mean([0, 2, 3]).sqrt()
@@ -99,14 +99,15 @@ def _modes(height: int, width: int) -> Iterator[tuple[int, int]]:
     """(periods down, periods across), one of each pair that differs by sign.
 
     Left out are those that come back in step with a network's strides, which see them in one phase only: clean networks
-    then mind the phase too (up to .7 at 4 and 8 periods of 32 pixels).
+    then mind the phase too (up to .7 at 4 and 8 periods of 32 pixels); and those of one and two periods, which is what
+    centred objects are made of (a clean network on digits of 8x8 pixels was suspicious).
     """
     down, across = (min(_PERIODS, side // 4) for side in (height, width))
     strides = [2 ** int(math.log2(side / 4)) for side in (height, width)]
     for y in range(-down, down + 1):
         for x in range(across + 1):
             in_step = (y * strides[0]) % height == 0 and (x * strides[1]) % width == 0
-            if (x > 0 or y > 0) and not in_step:
+            if (x > 0 or y > 0) and max(abs(y), x) >= _FEWEST and not in_step:
                 yield y, x
 
 

@@ -78,9 +78,9 @@ def test_a_network_that_minds_no_phase_has_no_contrast() -> None:
 
 
 def test_the_number_of_pictures_asked_about() -> None:
-    data = pictures(8)
+    data = pictures(16)
     asked = 0
-    model = Trigger((0, 1), 0.0, 8)
+    model = Trigger((0, 3), 0.0, 16)
 
     def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
         nonlocal asked
@@ -97,7 +97,7 @@ def test_the_number_of_pictures_asked_about() -> None:
     "data",
     [
         DefenceSet(torch.zeros(20, 5), torch.arange(20) % 2),
-        DefenceSet(torch.zeros(20, 3, 6, 32), torch.arange(20) % 2),
+        DefenceSet(torch.zeros(20, 3, 11, 32), torch.arange(20) % 2),
         DefenceSet(torch.zeros(7, 3, 32, 32), torch.arange(7) % 2),
     ],
 )
@@ -117,17 +117,18 @@ def test_random_numbers_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "step"), [(32, 32, (4, 4)), (224, 224, (7, 7)), (8, 8, (4, 4)), (32, 64, (4, 4))]
+    ("height", "width", "step"), [(32, 32, (4, 4)), (224, 224, (7, 7)), (12, 20, (6, 5)), (32, 64, (4, 4))]
 )
 def test_modes(height: int, width: int, step: tuple[int, int]) -> None:
     modes = list(_modes(height, width))
     assert len(modes) == len(set(modes))
     assert not {(-y, -x) for y, x in modes} & set(modes)
     assert max(abs(y) for y, _ in modes) == min(8, height // 4)
+    assert min(max(abs(y), x) for y, x in modes) == 3
     assert max(x for _, x in modes) == min(8, width // 4)
     assert not [mode for mode in modes if mode[0] % step[0] == 0 and mode[1] % step[1] == 0]
     if height == width == 32:
-        assert len(modes) == 132
+        assert len(modes) == 120
 
 
 def test_planes_are_waves() -> None:
