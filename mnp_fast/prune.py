@@ -69,10 +69,9 @@ def prune(
     with run.stages():
         suppressed, evidence = run.expose()
         target = verdict(evidence, run.config)[1]
-        exposed, perturbations = run.perturb(suppressed, evidence, target)
+        perturbations = run.perturb(suppressed, evidence, target)
+        mask, order = run.learn_masks(suppressed, perturbations)
         del suppressed
-        mask, order = run.learn_masks(exposed, perturbations)
-        del exposed
         selection = run.select(mask, order, target is not None)
         repaired = run.repair(selection, perturbations)
     return run.result(evidence, mask, selection, repaired, triggered)
@@ -198,17 +197,19 @@ class _Run:
         pulls = {target: self.pulled(suppressed, one, target) for target, one in zip(tried, found, strict=True)}
         return pulls, transferred
 
-    def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None) -> tuple[nn.Module, Tensor]:
-        """The model that masks are learned on, and the perturbations for masks and fine-tuning: of the suppressed model
-        towards the suspected class, or else the two that were weighed. Where the verdict rests on a wave the suppressed
-        model has lost the backdoor: then the model itself, and the wave."""
+    def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None) -> Tensor:
+        """Perturbations for masks and fine-tuning: towards the suspected class, or else the two that were weighed.
+
+        Where the verdict rests on a wave it makes as many more: alone it left BadNets, which it had named, as it was.
+        """
+        size = self.config.unsuspected_size if target is None else self.config.perturbation_size
+        classes = [evidence.searched_class, evidence.pulled_class] if target is None else [target]
+        towards = [classes[number % len(classes)] for number in range(self.config.perturbations)]
         with self.stage("perturb"):
-            if target is not None and evidence.by_wave and self.wave is not None:
-                return self.working_copy(), self.wave.picture[None]
-            size = self.config.unsuspected_size if target is None else self.config.perturbation_size
-            classes = [evidence.searched_class, evidence.pulled_class] if target is None else [target]
-            towards = [classes[number % len(classes)] for number in range(self.config.perturbations)]
-            return suppressed, self.perturbations("perturb", suppressed, towards, size)
+            found = self.perturbations("perturb", suppressed, towards, size)
+        if target is not None and evidence.by_wave and self.wave is not None:
+            found = torch.cat([found, self.wave.picture.expand_as(found)])
+        return found
 
     def pulled(self, network: nn.Module, perturbation: Tensor, target: int) -> float:
         """Share of the learning pictures of other classes that go to ``target`` once they are perturbed."""
