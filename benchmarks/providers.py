@@ -8,7 +8,7 @@ momentum = decay * momentum + gradient + penalty * magnitude; mask = clamp(mask 
   penalty a term of the loss, one SGD and a loop of clamps over the parameters.
 - tuned_eager: weights frozen, channels_last, autocast, F.batch_norm(weight=mask * gamma) on running statistics.
 - torch_compile: torch.compile of tuned_eager in its default mode.
-- mnp_fast: mnp_fast.masked and mnp_fast.ops.mask_step_.
+- mnp_fast: mnp_fast.masked and mnp_fast.ops.mask_step_; on CUDA replayed as a graph, as `mnp_fast.prune` does.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mnp_fast.data import logits_of
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked
 from mnp_fast.ops import mask_step_
+from mnp_fast.replay import Recorder, Replayed
 from mnp_fast.sites import Site
 
 RATE = PruneConfig.mask_rate
@@ -49,7 +50,7 @@ class Step(Protocol):
         """The masks as they are now, (neurons,)."""
 
     def release(self) -> None:
-        """Drop the gradients that the last step has left behind."""
+        """Drop what the last step has left behind."""
 
     def close(self) -> None:
         """Give back whatever the step holds."""
@@ -148,15 +149,18 @@ class MnpFast:
         self.undo = ExitStack()
         model = copy.deepcopy(work.model)
         self.net = masked_network(self.undo, model, work.sites, self.flat, self.images, dtype)
+        self.recorder = Recorder(self.images.device) if self.images.device.type == "cuda" else None
+        self.step = Replayed(self._step, (self.flat, self.momentum), self.recorder)
 
     def __call__(self) -> Tensor:
-        loss = F.cross_entropy(self.net(self.images).float(), self.work.labels)
-        (self.last,) = torch.autograd.grad(loss, self.flat)
-        with torch.no_grad():
-            mask_step_(
-                self.flat, self.momentum, self.last, self.work.magnitude, rate=RATE, decay=DECAY, penalty=PENALTY
-            )
-        return loss.detach()
+        loss, self.last = self.step(self.images, self.work.labels)
+        return loss
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(self.net(images).float(), labels)
+        (gradient,) = torch.autograd.grad(loss, self.flat)
+        mask_step_(self.flat, self.momentum, gradient, self.work.magnitude, rate=RATE, decay=DECAY, penalty=PENALTY)
+        return loss.detach(), gradient
 
     def gradient(self) -> Tensor:
         return self.last
@@ -165,9 +169,13 @@ class MnpFast:
         return self.flat.detach()
 
     def release(self) -> None:
-        del self.last
+        # A graph holds its memory from one replay to the next: the next call captures anew, where memory is measured.
+        del self.last, self.step
+        self.step = Replayed(self._step, (self.flat, self.momentum), self.recorder)
 
     def close(self) -> None:
+        # Before the weights that a graph reads.
+        del self.step
         self.undo.close()
 
 

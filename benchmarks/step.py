@@ -5,7 +5,8 @@
 What a step and a provider is: benchmarks/providers.py. All providers run in one process on the same input, in turns.
 Before any time is taken, loss and mask gradient of the first step are compared with a reference; a provider that does
 not match is printed and stored as such, and the exit status is 1. Times are milliseconds a step; "peak MB" is memory
-beyond weights and inputs (benchmarks/memory.py); "compile s" is what the first step of torch.compile took more.
+beyond weights and inputs (benchmarks/memory.py); "compile s" is what the first step of torch.compile took more. On CUDA
+the row of mnp_fast says in "cuda_graph" whether its step was captured, or why not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks import options, results_file
 from benchmarks.environment import environment
 from benchmarks.memory import peak_mb
 from benchmarks.models import Workload, workload
-from benchmarks.providers import GRADIENT_TOLERANCE, LOSS_TOLERANCE, RATIO, Check, Step, steps
+from benchmarks.providers import GRADIENT_TOLERANCE, LOSS_TOLERANCE, RATIO, Check, MnpFast, Step, steps
 from benchmarks.tables import console, number, ratio, table, verdict
 from benchmarks.timing import interleaved, summary
 from mnp_fast.memory import kept
@@ -78,6 +79,8 @@ def measure(work: Workload, dtype: torch.dtype, names: Sequence[str], repeats: i
             "first_step_ms": round(first_ms, 1),
             **check(name, step, loss),
         }
+        if isinstance(step, MnpFast) and step.recorder is not None:
+            rows[name]["cuda_graph"] = step.recorder.reason or "captured"
         ready[name] = step
     # As in a run: freed memory is kept for the next step.
     around = {"mnp_fast": kept}

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mnp_fast.ops import winograd
+
 _ATTENTION_LENGTH = 1024
 """Longest sequence whose attention matrix is kept: 2 MB a head and picture in bfloat16."""
 
@@ -49,6 +51,10 @@ class FrozenConv2d(nn.Module):
         self.packs = packs(weight)
         self._packed: Tensor | None = None
         self._packed_back: Tensor | None = None
+        plain = self.stride == [1, 1] and self.dilation == [1, 1] and groups == 1 and bias is None
+        self._winograd = winograd.kernel(weight) if plain else None
+        self._transformed: Tensor | None = None
+        self._transformed_back: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
@@ -58,12 +64,16 @@ class FrozenConv2d(nn.Module):
     def run(self, x: Tensor) -> Tensor:
         if not self.packs:
             return F.conv2d(x, self.plain, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if self._winograd is not None and winograd.pays(x.shape, self.padding):
+            if self._transformed is None:
+                self._transformed = winograd.transformed(self.plain)
+            return self._winograd(x, self._transformed, len(self.plain), self.padding)
         if self._packed is None:
             self._packed = _pack(self.plain, self.padding, self.stride, self.dilation, self.groups, x.shape)
         return _pointwise(x, self._packed, self.bias, self.padding, self.stride, self.dilation, self.groups)
 
-    def back(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """Gradient of an input of that shape."""
+    def back(self, grad: Tensor, shape: torch.Size, onto: Tensor | None = None) -> Tensor:
+        """Gradient of an input of that shape; with ``onto``, that tensor, which the gradient has been added to."""
         grad = grad.to(self.dtype).contiguous(memory_format=torch.channels_last)
         whole = self.stride == [1, 1] and self.dilation == [1, 1]
         whole = whole and all(p < k for p, k in zip(self.padding, self.kernel, strict=True))
@@ -71,22 +81,39 @@ class FrozenConv2d(nn.Module):
         if self.packs and (whole or subsampled):
             # A convolution of the gradient with the flipped filters, inputs and outputs exchanged.
             padding = [k - 1 - p for k, p in zip(self.kernel, self.padding, strict=True)]
-            if self._packed_back is None:
-                turned = _turned(self.plain, self.groups)
-                self._packed_back = _pack(turned, padding, [1, 1], [1, 1], self.groups, grad.shape)
-            dense = _pointwise(grad, self._packed_back, None, padding, [1, 1], [1, 1], self.groups)
-            if self.stride == [1, 1]:
-                return dense
-            out = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last).zero_()
-            out[:, :, :: self.stride[0], :: self.stride[1]] = dense
-            return out
+            if whole:
+                return self._turned_around(grad, padding, onto)
+            dense = self._turned_around(grad, padding, None)
+            if onto is None:
+                onto = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last).zero_()
+                onto[:, :, :: self.stride[0], :: self.stride[1]] = dense
+            else:
+                onto[:, :, :: self.stride[0], :: self.stride[1]] += dense
+            return onto
         # Asks for the input's shape, never for its numbers.
         x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
         result: Tensor = torch.ops.aten.convolution_backward(
             grad, x, self.plain, None, self.stride, self.padding, self.dilation, False, [0, 0], self.groups,
             [True, False, False],
         )[0]  # fmt: skip
-        return result
+        return result if onto is None else onto.add_(result)
+
+    def _turned_around(self, grad: Tensor, padding: list[int], onto: Tensor | None) -> Tensor:
+        if self._winograd is not None and winograd.pays(grad.shape, padding):
+            if self._transformed_back is None:
+                self._transformed_back = winograd.transformed(_turned(self.plain, 1))
+            result = self._winograd(grad, self._transformed_back, self.plain.shape[1], padding)
+            return result if onto is None else onto.add_(result)
+        if self._packed_back is None:
+            self._packed_back = _pack(
+                _turned(self.plain, self.groups), padding, [1, 1], [1, 1], self.groups, grad.shape
+            )
+        if onto is None:
+            return _pointwise(grad, self._packed_back, None, padding, [1, 1], [1, 1], self.groups)
+        torch.ops.mkldnn._convolution_pointwise_.binary(
+            onto, grad, self._packed_back, None, padding, [1, 1], [1, 1], self.groups, "add", 1.0, None, [], None
+        )
+        return onto
 
 
 class _Convolution(torch.autograd.Function):

@@ -24,6 +24,7 @@ from mnp_fast.graph.program import products_in
 from mnp_fast.graph.rewrite import program
 from mnp_fast.graph.trace import Captured
 from mnp_fast.ops import masked_affine, samples
+from mnp_fast.replay import Recorder
 from mnp_fast.sites import Site, columns, site_parameter, total_neurons
 
 Views = list[Tensor]
@@ -36,11 +37,13 @@ class Execution:
 
     captured: a trace of this model or of one that it is a copy of (`mnp_fast.graph.capture`); images that it stands for
     run through it and give logits, all others go through the modules. dtype: torch.bfloat16 for products in bfloat16
-    (autocast, the sums of the kernels stay float32), None for the precision of the weights.
+    (autocast, the sums of the kernels stay float32), None for the precision of the weights. recorder: captures steps as
+    CUDA graphs where they have static shapes; None, as on every CPU: all steps run eagerly.
     """
 
     captured: Captured | None = None
     dtype: torch.dtype | None = None
+    recorder: Recorder | None = None
 
 
 MODULES = Execution()

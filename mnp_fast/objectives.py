@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,13 +33,12 @@ def preserve(logits: Tensor, labels: Tensor, alpha: float) -> Tensor:
     return (1 - alpha) * F.cross_entropy(logits.float(), labels)
 
 
-def pull(suppressed_logits: Tensor, target: int) -> Tensor:
+def pull(suppressed_logits: Tensor, target: Tensor) -> Tensor:
     """Loss of a universal perturbation: cross-entropy of the perturbed pictures as if all were of class ``target``.
 
-    suppressed_logits: (b, classes) floating. Returns a scalar.
+    suppressed_logits: (b, classes) floating; target: () int64. Returns a scalar.
     """
-    wanted = torch.full((len(suppressed_logits),), target, device=suppressed_logits.device)
-    return F.cross_entropy(suppressed_logits.float(), wanted)
+    return F.cross_entropy(suppressed_logits.float(), target.expand(len(suppressed_logits)))
 
 
 def repair_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, distillation: float) -> Tensor:

@@ -19,6 +19,7 @@ from mnp_fast.masked import MODULES, Execution, masked, prune_
 from mnp_fast.objectives import eliminate, expose, preserve, pull, repair_loss
 from mnp_fast.ops import mask_step_
 from mnp_fast.progress import Progress
+from mnp_fast.replay import Replayed
 from mnp_fast.sites import Site
 
 _MOMENTUM = 0.9
@@ -124,6 +125,16 @@ def perturb(
     """
     radius = size * float(data.deviation().flatten(1).norm(dim=1).mean())
     ones = torch.ones(sum(site.neurons for site in sites), device=data.images.device)
+
+    def moved(images: Tensor, wanted: Tensor, perturbation: Tensor) -> tuple[Tensor]:
+        perturbation = perturbation.detach().requires_grad_()
+        loss = pull(logits_of(suppressed(images + perturbation)), wanted)
+        (gradient,) = torch.autograd.grad(loss, perturbation)
+        with torch.no_grad():
+            further = perturbation - gradient * (_PERTURBATION_STEP * radius / gradient.norm().clamp_min(1e-12))
+            return (further * (radius / further.norm().clamp_min(1e-12)).clamp_max(1.0),)
+
+    move = Replayed(moved, (), how.recorder)
     found = []
     with masked(suppressed, sites, ones, batch_statistics=batch_statistics, how=how):
         for number, target in enumerate(targets):
@@ -137,13 +148,9 @@ def perturb(
                 perturbation = noise * (_PERTURBATION_STEP / 2 * radius / noise.norm().clamp_min(1e-12))
             else:
                 perturbation = start[number].clone()
+            wanted = torch.full((), target, device=data.images.device)
             for _ in range(steps):
-                perturbation.requires_grad_()
-                loss = pull(logits_of(suppressed(next(batches)[0] + perturbation)), target)
-                (gradient,) = torch.autograd.grad(loss, perturbation)
-                with torch.no_grad():
-                    moved = perturbation - gradient * (_PERTURBATION_STEP * radius / gradient.norm().clamp_min(1e-12))
-                    perturbation = moved * (radius / moved.norm().clamp_min(1e-12)).clamp_max(1.0)
+                (perturbation,) = move(next(batches)[0], wanted, perturbation)
                 progress.update(1)
             found.append(perturbation)
     return torch.stack(found)
@@ -202,20 +209,24 @@ def learn_masks(
     trace, readings = Trace(), _Readings()
     progress.stage("masks", config.mask_steps)
     steps = _endless(lambda: data.batches(config.batch_size, generator, magnitude.device))
+
+    def stepped(images: Tensor, labels: Tensor, which: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        # One network after the other: what the first has kept for its gradient is gone before the second runs.
+        logits = logits_of(model(images))
+        preserved = preserve(logits, labels, config.alpha)
+        (gradient,) = torch.autograd.grad(preserved, mask)
+        _add_(images, perturbations, which, scale)
+        loss = eliminate(logits_of(suppressed(images)), labels, config.alpha)
+        gradient += torch.autograd.grad(loss, mask)[0]
+        mask_step_(mask, momentum, gradient, magnitude, rate=config.mask_rate, decay=_MOMENTUM, penalty=config.penalty)
+        return (loss + preserved).detach(), logits.detach()
+
+    step = Replayed(stepped, (mask, momentum), how.recorder)
     with masked(suppressed, sites, mask, how=how), masked(model, sites, mask, how=how):
         for _ in range(config.mask_steps):
             images, labels = next(steps)
-            # One network after the other: what the first has kept for its gradient is gone before the second runs.
-            logits = logits_of(model(images))
-            preserved = preserve(logits, labels, config.alpha)
-            (gradient,) = torch.autograd.grad(preserved, mask)
-            add_perturbations_(images, perturbations, 1.0, generator)
-            loss = eliminate(logits_of(suppressed(images)), labels, config.alpha)
-            gradient += torch.autograd.grad(loss, mask)[0]
-            mask_step_(
-                mask, momentum, gradient, magnitude, rate=config.mask_rate, decay=_MOMENTUM, penalty=config.penalty
-            )
-            readings.add(loss.detach() + preserved, logits, labels)
+            loss, logits = step(images, labels, *_drawn(perturbations, len(images), generator))
+            readings.add(loss, logits, labels)
             progress.update(1, **readings.at_hand())
     trace.loss, trace.accuracy = readings.steps()
     masks = mask.detach()
@@ -281,9 +292,18 @@ def finetune_(
 def add_perturbations_(images: Tensor, perturbations: Tensor, share: float, generator: torch.Generator) -> None:
     """Add to the first ``share`` of the images, in place, one of the perturbations each, scaled by U(0, 1)."""
     count = round(share * len(images))
-    which = torch.randint(len(perturbations), (count,), generator=generator).to(images.device)
-    scale = torch.rand(count, generator=generator).to(images.device)
-    images[:count] += perturbations[which] * scale.view(-1, *[1] * (images.dim() - 1))
+    _add_(images[:count], perturbations, *_drawn(perturbations, count, generator))
+
+
+def _drawn(perturbations: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(which, scale) of the perturbations for so many pictures, each (count,), drawn on the CPU."""
+    which = torch.randint(len(perturbations), (count,), generator=generator)
+    scale = torch.rand(count, generator=generator)
+    return which.to(perturbations.device), scale.to(perturbations.device)
+
+
+def _add_(images: Tensor, perturbations: Tensor, which: Tensor, scale: Tensor) -> None:
+    images += perturbations[which] * scale.view(-1, *[1] * (images.dim() - 1))
 
 
 def predict(model: nn.Module, data: DefenceSet, batch_size: int, device: torch.device) -> Tensor:

@@ -27,6 +27,7 @@ from mnp_fast.memory import kept
 from mnp_fast.ops.cpu_backend import usable_isas
 from mnp_fast.optimize import Trace, finetune_, learn_masks, perturb, predict, recalibrate_, suppress_
 from mnp_fast.progress import Progress
+from mnp_fast.replay import Recorder
 from mnp_fast.result import PruneResult, ScanResult
 from mnp_fast.select import Selection, select
 from mnp_fast.sites import find_sites
@@ -130,7 +131,8 @@ class _Run:
         self.sites = find_sites(self.plain, self.data.images[:2].to(self.device))
         self.magnitude = magnitude(self.plain, self.sites)
         captured = capture(self.plain, self.sites, self.data.images[:2].to(self.device))
-        self.how = Execution(captured, product_dtype(self.config.precision, self.device))
+        recorder = Recorder(self.device) if self.device.type == "cuda" else None
+        self.how = Execution(captured, product_dtype(self.config.precision, self.device), recorder)
         self.bar = Progress(self.progress)
         self.wave: Wave | None = None
 
@@ -334,6 +336,7 @@ class _Run:
             "pictures": {"learning": len(self.learning), "held_back": len(self.held)},
             "config": asdict(self.config),
             "graph": self.how.captured is not None and (self.how.captured.reason or "captured"),
+            "cuda_graphs": self.how.recorder is not None and (self.how.recorder.reason or "captured"),
             "products": str(self.how.dtype or torch.float32).removeprefix("torch."),
         } | self.statistics()
 

@@ -118,7 +118,7 @@ def saliency(
     _check_labels(images, labels)
     mask = torch.ones(total_neurons(sites), device=images.device, requires_grad=True)
     with _under(model, sites, mask, how, gradients=True) as net:
-        run = _program(model, sites, images, how, packed=False)
+        run = _program(model, sites, images, how, packed=False, joined=True)
         passes: list[_Pass] = []
         if run is not None and run.independent:
             parts = run.parts(images)
@@ -232,7 +232,7 @@ def exact_saliency(
     mask = torch.ones(total, device=images.device)
     chosen, places = neurons.to(images.device).unique(return_inverse=True)
     with kept(), _under(model, sites, mask, how, gradients=False) as net:
-        run = _program(model, sites, images, how, packed=True)
+        run = _program(model, sites, images, how, packed=True, joined=False)
         if run is not None and run.independent:
             changes = _removed(run, sites, images, labels, chosen)
         else:
@@ -280,13 +280,15 @@ def _under(
 
 
 def _program(
-    model: nn.Module, sites: Sequence[Site], images: Tensor, how: Execution, *, packed: bool
+    model: nn.Module, sites: Sequence[Site], images: Tensor, how: Execution, *, packed: bool, joined: bool
 ) -> Program | None:
     """The captured trace with the model's weights, where it stands for these images."""
     if how.captured is None or not how.captured.takes(images):
         return None
     ones = torch.ones(total_neurons(sites), device=images.device)
-    return program(how.captured, model, sites, ones, batch_statistics=False, dtype=how.dtype, packed=packed)
+    return program(
+        how.captured, model, sites, ones, batch_statistics=False, dtype=how.dtype, packed=packed, joined=joined
+    )
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:

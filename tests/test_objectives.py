@@ -68,7 +68,7 @@ def test_a_suppressed_model_that_is_never_wrong() -> None:
 @pytest.mark.parametrize("target", [0, 3, 4])
 def test_pull(target: int) -> None:
     x = logits(3).requires_grad_()
-    loss = pull(x, target)
+    loss = pull(x, torch.tensor(target))
     assert loss.shape == ()
     close(loss, -softmax(x)[:, target].log().mean())
     (gradient,) = torch.autograd.grad(loss, x)
@@ -105,7 +105,7 @@ def test_half_precision_is_computed_in_full() -> None:
         (expose(a, LABELS), expose(a.float(), LABELS)),
         (eliminate(a, LABELS, 0.4), eliminate(a.float(), LABELS, 0.4)),
         (preserve(b, LABELS, 0.4), preserve(b.float(), LABELS, 0.4)),
-        (pull(a, 2), pull(a.float(), 2)),
+        (pull(a, LABELS[1]), pull(a.float(), LABELS[1])),
         (repair_loss(a, b, LABELS, 0.4), repair_loss(a.float(), b.float(), LABELS, 0.4)),
     ]
     for half, full in pairs:
@@ -115,7 +115,7 @@ def test_half_precision_is_computed_in_full() -> None:
 
 def test_confident_and_wrong_stays_finite() -> None:
     x = torch.full((6, 5), -1e4).scatter(1, ((LABELS + 1) % 5)[:, None], 1e4).requires_grad_()
-    losses = (expose(x, LABELS), eliminate(x, LABELS, 0.5), preserve(x, LABELS, 0.5), pull(x, 0))
+    losses = (expose(x, LABELS), eliminate(x, LABELS, 0.5), preserve(x, LABELS, 0.5), pull(x, LABELS[0]))
     losses += (repair_loss(x, -x, LABELS, 0.5),)
     for loss in losses:
         (gradient,) = torch.autograd.grad(loss, x)

@@ -39,7 +39,7 @@ MNP_ALWAYS_INLINE Magnitude magnitude(const T* x, int64_t n) {
     int64_t i = start;
     for (; i + kAtOnce * kWidth <= end; i += kAtOnce * kWidth) {
       for (int64_t line = 0; line < kAtOnce * kWidth; line += kLine / static_cast<int64_t>(sizeof(T))) {
-        ask_ahead(x + i + line);
+        ask_ahead<kFar>(x + i + line);
       }
       for (int64_t k = 0; k < kAtOnce; ++k) part[k].take(Vec::load(x + i + k * kWidth));
     }

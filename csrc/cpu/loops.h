@@ -8,8 +8,8 @@ namespace mnp_fast::cpu {
 namespace {
 
 // All lanes of a vector, or the first n: the others count as zero and are not stored. Results are stored, sums kept.
-// What is taken is loaded, and asked for ahead where results go past the cache: masked_act's backward gains 9 to 25 %,
-// others none.
+// What is taken is loaded, and what follows it asked for ahead: backwards, whose x was written long ago, gain 9 to 60
+// %.
 struct AllLanes {
   template <class T>
   Vec load(const T* p) const {
@@ -17,6 +17,7 @@ struct AllLanes {
   }
   template <class T>
   Vec take(const T* p) const {
+    ask_ahead<kNear>(p);
     return Vec::load(p);
   }
   template <class T>
@@ -30,7 +31,7 @@ struct AllLanes {
 struct StreamedLanes : AllLanes {
   template <class T>
   Vec take(const T* p) const {
-    ask_ahead(p);
+    ask_ahead<kFar>(p);
     return Vec::load(p);
   }
   template <class T>

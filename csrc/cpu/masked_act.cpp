@@ -3,6 +3,8 @@
 // which both the activation and its derivative come.
 #include "cpu/masked_act.h"
 
+#include <cmath>
+
 #include "cpu/loops.h"
 #include "cpu/math.h"
 
@@ -14,13 +16,18 @@ struct Value {
   Vec act, slope;
 };
 
+// Where tables end: there a*Q(a) and a*D(a) are below 1e-6.
+constexpr float kGeluTable = 5.5f, kSiluTable = 18.0f;
+
 // Q(a) and D(a) of act.h.
 struct Tail {
   Vec q, d;
 };
 
 struct Gelu {
-  static constexpr float kLimit = kGeluLimit;
+  static constexpr float kLimit = kGeluLimit, kStep = kGeluTable / 31.4f;
+  static double q(double a) { return 0.5 * ::erfc(a * 0.70710678118654752); }
+  static double d(double a) { return 0.39894228040143268 * ::exp(-0.5 * a * a); }
   template <class T>
   static MNP_ALWAYS_INLINE Tail tail(Vec a) {
     const Vec e = exp2<T>(a * a * Vec::fill(-0.5f * kLog2E));
@@ -37,7 +44,9 @@ MNP_ALWAYS_INLINE Tail logistic_tail(Vec g, Vec slope) {
 }
 
 struct GeluTanh {
-  static constexpr float kLimit = kGeluTanhLimit;
+  static constexpr float kLimit = kGeluTanhLimit, kStep = kGeluTable / 31.4f;
+  static double q(double a) { return 1.0 / (1.0 + ::exp(1.5957691216057308 * (a + 0.044715 * a * a * a))); }
+  static double d(double a) { return (q(a) - q(a) * q(a)) * 1.5957691216057308 * (1.0 + 0.134145 * a * a); }
   template <class T>
   static MNP_ALWAYS_INLINE Tail tail(Vec a) {
     constexpr float k = 1.59576912f, cubic = 0.044715f;
@@ -47,7 +56,9 @@ struct GeluTanh {
 };
 
 struct Silu {
-  static constexpr float kLimit = kSiluLimit;
+  static constexpr float kLimit = kSiluLimit, kStep = kSiluTable / 31.4f;
+  static double q(double a) { return 1.0 / (1.0 + ::exp(a)); }
+  static double d(double a) { return q(a) - q(a) * q(a); }
   template <class T>
   static MNP_ALWAYS_INLINE Tail tail(Vec a) {
     return logistic_tail<T>(a, Vec::fill(1.0f));
@@ -55,7 +66,9 @@ struct Silu {
 };
 
 struct QuickGelu {
-  static constexpr float kLimit = kQuickGeluLimit;
+  static constexpr float kLimit = kQuickGeluLimit, kStep = kSiluTable / 1.702f / 31.4f;
+  static double q(double a) { return 1.0 / (1.0 + ::exp(1.702 * a)); }
+  static double d(double a) { return (q(a) - q(a) * q(a)) * 1.702; }
   template <class T>
   static MNP_ALWAYS_INLINE Tail tail(Vec a) {
     const Vec k = Vec::fill(1.702f);
@@ -63,40 +76,73 @@ struct QuickGelu {
   }
 };
 
-template <class Curve>
+template <class Curve, class T>
 struct Smooth {
-  template <class T>
-  static MNP_ALWAYS_INLINE Value at(Vec x) {
+  MNP_ALWAYS_INLINE Value at(Vec x) const {
     const Vec a = min(Vec::fill(Curve::kLimit), x.abs()), half = Vec::fill(0.5f);
     const Tail t = Curve::template tail<T>(a);
     return {x.relu() - a * t.q, half + (fma(a, t.d, half) - t.q).negated_with(x)};
   }
 };
 
-struct Relu {
-  template <class T>
-  static MNP_ALWAYS_INLINE Value at(Vec x) {
-    return {x.relu(), Vec::fill(1.0f).where_positive(x)};
+#if defined(__AVX512F__)
+// For bfloat16: a*Q(a) as 32 cubics in a that stay in registers, and its slope as theirs. A third of the arithmetic of
+// an exp and a polynomial, with errors below 1e-5 and 3e-4 where bfloat16 rounds by 2e-3 (docs/decisions.md).
+template <class Curve>
+struct Smooth<Curve, BFloat16> {
+  Table32 powers[4];
+
+  // Each meets the function and its slope at both ends of its stretch, which lies around k*kStep.
+  Smooth() {
+    float fitted[4][32];
+    for (int k = 0; k < 32; ++k) {
+      const double low = k == 0 ? 0.0 : (k - 0.5) * Curve::kStep, high = (k + 0.5) * Curve::kStep;
+      const double first = low * Curve::q(low), last = high * Curve::q(high), width = high - low;
+      const double slope = Curve::q(low) - low * Curve::d(low), end = Curve::q(high) - high * Curve::d(high);
+      const double mean = (last - first) / width;
+      const double square = (3.0 * mean - 2.0 * slope - end) / width, cube = (slope + end - 2.0 * mean) / width / width;
+      // Powers of a - low, as powers of a.
+      fitted[0][k] = static_cast<float>(first - low * (slope - low * (square - low * cube)));
+      fitted[1][k] = static_cast<float>(slope - low * (2.0 * square - 3.0 * low * cube));
+      fitted[2][k] = static_cast<float>(square - 3.0 * low * cube);
+      fitted[3][k] = static_cast<float>(cube);
+    }
+    for (int i = 0; i < 4; ++i) powers[i] = Table32::load(fitted[i]);
   }
+
+  MNP_ALWAYS_INLINE Value at(Vec x) const {
+    // Below 31.5: that is as near to 32, of which the low bits are those of 0.
+    const Vec a = min(Vec::fill(31.4f * Curve::kStep), x.abs()), half = Vec::fill(0.5f);
+    // Beside this only the number of the cubic is left of a/kStep, in the low bits.
+    const Vec number = fma(a, Vec::fill(1.0f / Curve::kStep), Vec::fill(12582912.0f));
+    const Vec one = powers[1].at(number), two = powers[2].at(number), three = powers[3].at(number);
+    const Vec act = fma(fma(fma(three, a, two), a, one), a, powers[0].at(number));
+    const Vec slope = fma(fma(three * Vec::fill(1.5f), a, two), a + a, one);
+    return {x.relu() - act, half + (half - slope).negated_with(x)};
+  }
+};
+#endif
+
+struct Relu {
+  MNP_ALWAYS_INLINE Value at(Vec x) const { return {x.relu(), Vec::fill(1.0f).where_positive(x)}; }
 };
 
 template <class F, class T, class Channels>
-void forward_run(const Rows& rows, int64_t start, const T* x, T* y, Channels mask, int64_t n) {
-  for_vectors(rows, start, n, [=](int64_t i, auto lanes) {
-    lanes.store(mask.load(i, lanes) * F::template at<T>(lanes.load(x + i)).act, y + i);
-  });
+void forward_run(const F& f, const Rows& rows, int64_t start, const T* x, T* y, Channels mask, int64_t n) {
+  for_vectors(rows, start, n,
+              [=](int64_t i, auto lanes) { lanes.store(mask.load(i, lanes) * f.at(lanes.take(x + i)).act, y + i); });
 }
 
-template <class F, class T>
-void forward_units(const MaskedActForward& p, int64_t begin, int64_t end) {
+template <class T, class F>
+void forward_units(const F& f, const MaskedActForward& p, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
   for_rows(
       p.rows, begin, end,
       [&](int64_t start, int64_t c) {
-        forward_run<F>(p.rows, start, x + start, y + start, OneChannel{Vec::fill(p.mask[c])}, p.rows.row);
+        forward_run(f, p.rows, start, x + start, y + start, OneChannel{Vec::fill(p.mask[c])}, p.rows.row);
       },
-      [&](int64_t start, int64_t n) { forward_run<F>(p.rows, start, x + start, y + start, EachChannel{p.mask}, n); });
+      [&](int64_t start, int64_t n) { forward_run(f, p.rows, start, x + start, y + start, EachChannel{p.mask}, n); });
 }
 
 template <class T>
@@ -107,69 +153,73 @@ struct Streams {
 
 // One vector of numbers at offset i; returns grad*act(x).
 template <class F, class T, class Lanes>
-MNP_ALWAYS_INLINE Vec backward_one(const Streams<T>& t, int64_t i, Lanes lanes, Vec mask) {
+MNP_ALWAYS_INLINE Vec backward_one(const F& f, const Streams<T>& t, int64_t i, Lanes lanes, Vec mask) {
   const Vec g = lanes.take(t.grad + i);
-  const Value value = F::template at<T>(lanes.take(t.x + i));
+  const Value value = f.at(lanes.take(t.x + i));
   if (t.grad_x != nullptr) lanes.store(mask * (value.slope * g), t.grad_x + i);
   return g * value.act;
 }
 
 template <class F, class T>
-void backward_row(const MaskedActBackward& p, const Streams<T>& t, int64_t unit) {
+void backward_row(const F f, const MaskedActBackward& p, const Streams<T>& t, int64_t unit) {
   const int64_t row = p.blocks.rows.row, start = unit * row;
   const Vec mask = Vec::fill(p.mask[unit % p.blocks.rows.channels]);
   Vec total = Vec::fill(0.0f);
   for_vectors(p.blocks.rows, start, row,
-              [&](int64_t i, auto lanes) { total = total + backward_one<F>(t, start + i, lanes, mask); });
+              [&](int64_t i, auto lanes) { total = total + backward_one(f, t, start + i, lanes, mask); });
   p.sum_gact[unit] = sum(total);
 }
 
 template <class F, class T>
-void backward_block(const MaskedActBackward& p, const Streams<T>& t, int64_t unit) {
+void backward_block(const F f, const MaskedActBackward& p, const Streams<T>& t, int64_t unit) {
   const int64_t row = p.blocks.rows.row;
   float* sums = p.sum_gact + unit * row;
   for (int64_t i = 0; i < row; ++i) sums[i] = 0.0f;
   for_rows_of_block(p.blocks, unit, [&](int64_t start, int64_t n) {
     for_vectors(p.blocks.rows, start, n, [&](int64_t i, auto lanes) {
-      lanes.keep(lanes.load(sums + i) + backward_one<F>(t, start + i, lanes, lanes.load(p.mask + i)), sums + i);
+      lanes.keep(lanes.load(sums + i) + backward_one(f, t, start + i, lanes, lanes.load(p.mask + i)), sums + i);
     });
   });
 }
 
-template <class F, class T>
-void backward_units(const MaskedActBackward& p, int64_t begin, int64_t end) {
+template <class T, class F>
+void backward_units(const F& f, const MaskedActBackward& p, int64_t begin, int64_t end) {
   const Streams<T> t{static_cast<const T*>(p.grad), static_cast<const T*>(p.x), static_cast<T*>(p.grad_x)};
   for (int64_t unit = begin; unit < end; ++unit) {
-    p.blocks.rows.channels_last ? backward_block<F>(p, t, unit) : backward_row<F>(p, t, unit);
+    p.blocks.rows.channels_last ? backward_block(f, p, t, unit) : backward_row(f, p, t, unit);
   }
 }
 
-// run(f, t) with an object of the activation and a number of the dtype.
+// run(f, t) with the activation and a number of the dtype.
 template <class Run>
 void dispatch(Act act, DType dtype, Run run) {
-  const auto typed = [&](auto f) { dtype == DType::float32 ? run(f, float{}) : run(f, BFloat16{}); };
+  const auto smooth = [&](auto curve) {
+    using Curve = decltype(curve);
+    if (dtype == DType::float32) return run(Smooth<Curve, float>{}, float{});
+    static const Smooth<Curve, BFloat16> fitted_once;
+    run(fitted_once, BFloat16{});
+  };
   switch (act) {
     case Act::gelu:
-      return typed(Smooth<Gelu>{});
+      return smooth(Gelu{});
     case Act::gelu_tanh:
-      return typed(Smooth<GeluTanh>{});
+      return smooth(GeluTanh{});
     case Act::relu:
-      return typed(Relu{});
+      return dtype == DType::float32 ? run(Relu{}, float{}) : run(Relu{}, BFloat16{});
     case Act::silu:
-      return typed(Smooth<Silu>{});
+      return smooth(Silu{});
     case Act::quick_gelu:
-      return typed(Smooth<QuickGelu>{});
+      return smooth(QuickGelu{});
   }
 }
 
 void forward(const MaskedActForward& p, int64_t begin, int64_t end) {
-  dispatch(p.act, p.rows.dtype, [&](auto f, auto t) { forward_units<decltype(f), decltype(t)>(p, begin, end); });
+  dispatch(p.act, p.rows.dtype, [&](const auto& f, auto t) { forward_units<decltype(t)>(f, p, begin, end); });
   if (p.rows.streamed) end_of_streams();
 }
 
 void backward(const MaskedActBackward& p, int64_t begin, int64_t end) {
-  dispatch(p.act, p.blocks.rows.dtype,
-           [&](auto f, auto t) { backward_units<decltype(f), decltype(t)>(p, begin, end); });
+  dispatch(p.act, p.blocks.rows.dtype, [&](const auto& f, auto t) { backward_units<decltype(t)>(f, p, begin, end); });
   if (p.blocks.rows.streamed) end_of_streams();
 }
 

@@ -9,29 +9,32 @@ namespace mnp_fast::cpu {
 namespace {
 
 template <bool kResidual, bool kRelu>
-Vec forward_one(Vec x, Vec residual, Vec a, Vec b) {
+MNP_ALWAYS_INLINE Vec forward_one(Vec x, Vec residual, Vec a, Vec b) {
   Vec y = fma(a, x, b);
   if constexpr (kResidual) y = y + residual;
   if constexpr (kRelu) y = y.relu();
   return y;
 }
 
-template <bool kResidual, bool kRelu, class T, class Channels>
+template <bool kResidual, bool kRelu, bool kSigns, class T, class Channels>
 void forward_run(const Rows& rows, int64_t start, const T* x, const T* residual, T* y, Channels a, Channels b,
-                 int64_t n) {
+                 int64_t n, uint8_t* signs) {
   for_vectors(rows, start, n, [=](int64_t i, auto lanes) {
     const Vec r = kResidual ? lanes.load(residual + i) : Vec::fill(0.0f);
-    lanes.store(forward_one<kResidual, kRelu>(lanes.load(x + i), r, a.load(i, lanes), b.load(i, lanes)), y + i);
+    const Vec value = forward_one<kResidual, kRelu>(lanes.load(x + i), r, a.load(i, lanes), b.load(i, lanes));
+    lanes.store(value, y + i);
+    if constexpr (kSigns) value.store_signs(signs, start + i);
   });
 }
 
-template <class T, bool kResidual, bool kRelu>
+template <class T, bool kResidual, bool kRelu, bool kSigns = false>
 void forward_units(const MaskedAffineForward& p, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* y = static_cast<T*>(p.y);
   const auto run = [&](int64_t start, int64_t n, auto a, auto b) {
-    forward_run<kResidual, kRelu>(p.rows, start, x + start, kResidual ? residual + start : nullptr, y + start, a, b, n);
+    forward_run<kResidual, kRelu, kSigns>(p.rows, start, x + start, kResidual ? residual + start : nullptr, y + start,
+                                          a, b, n, p.signs);
   };
   for_rows(
       p.rows, begin, end,
@@ -43,7 +46,9 @@ void forward_units(const MaskedAffineForward& p, int64_t begin, int64_t end) {
 
 template <class T>
 void forward_typed(const MaskedAffineForward& p, int64_t begin, int64_t end) {
-  if (p.residual != nullptr) {
+  if (p.signs != nullptr) {
+    forward_units<T, true, true, true>(p, begin, end);
+  } else if (p.residual != nullptr) {
     p.relu ? forward_units<T, true, true>(p, begin, end) : forward_units<T, true, false>(p, begin, end);
   } else {
     p.relu ? forward_units<T, false, true>(p, begin, end) : forward_units<T, false, false>(p, begin, end);
@@ -56,14 +61,21 @@ void forward(const MaskedAffineForward& p, int64_t begin, int64_t end) {
 }
 
 // Where the sign behind the activation comes from.
-enum class Sign { none, from_x, from_y };
+enum class Sign { none, from_x, from_y, from_bits };
 
 template <class T>
 struct Streams {
   const T *grad, *x, *y;
+  const uint8_t* signs;
+  int64_t start;  // of this memory in all memory, which signs are counted in
   T *grad_x, *grad_residual;
   Streams at(int64_t i) const {
-    return {grad + i, x + i, y ? y + i : nullptr, grad_x ? grad_x + i : nullptr,
+    return {grad + i,
+            x + i,
+            y ? y + i : nullptr,
+            signs,
+            start + i,
+            grad_x ? grad_x + i : nullptr,
             grad_residual ? grad_residual + i : nullptr};
   }
 };
@@ -72,10 +84,11 @@ struct Streams {
 template <Sign kSign, class T, class Lanes>
 MNP_ALWAYS_INLINE void backward_one(const Streams<T>& t, int64_t i, Lanes lanes, Vec a, Vec b, Vec center, Vec& sum_g,
                                     Vec& sum_gx) {
-  Vec g = lanes.load(t.grad + i);
-  const Vec x = lanes.load(t.x + i);
+  Vec g = lanes.take(t.grad + i);
+  const Vec x = lanes.take(t.x + i);
   if constexpr (kSign == Sign::from_x) g = g.where_positive(fma(a, x, b));
-  if constexpr (kSign == Sign::from_y) g = g.where_positive(lanes.load(t.y + i));
+  if constexpr (kSign == Sign::from_y) g = g.where_positive(lanes.take(t.y + i));
+  if constexpr (kSign == Sign::from_bits) g = g.where_signs(t.signs, t.start + i);
   if (t.grad_x != nullptr) lanes.store(a * g, t.grad_x + i);
   if (t.grad_residual != nullptr) lanes.store(g, t.grad_residual + i);
   sum_g = sum_g + g;
@@ -113,8 +126,9 @@ void backward_block(const MaskedAffineBackward& p, const Streams<T>& streams, in
 
 template <class T, Sign kSign>
 void backward_units(const MaskedAffineBackward& p, int64_t begin, int64_t end) {
-  const Streams<T> streams{static_cast<const T*>(p.grad), static_cast<const T*>(p.x), static_cast<const T*>(p.y),
-                           static_cast<T*>(p.grad_x), static_cast<T*>(p.grad_residual)};
+  const Streams<T> streams{
+      static_cast<const T*>(p.grad), static_cast<const T*>(p.x),      static_cast<const T*>(p.y), p.signs, 0,
+      static_cast<T*>(p.grad_x),     static_cast<T*>(p.grad_residual)};
   for (int64_t unit = begin; unit < end; ++unit) {
     p.blocks.rows.channels_last ? backward_block<kSign>(p, streams, unit) : backward_row<kSign>(p, streams, unit);
   }
@@ -124,6 +138,8 @@ template <class T>
 void backward_typed(const MaskedAffineBackward& p, int64_t begin, int64_t end) {
   if (!p.relu) {
     backward_units<T, Sign::none>(p, begin, end);
+  } else if (p.signs != nullptr) {
+    backward_units<T, Sign::from_bits>(p, begin, end);
   } else if (p.y == nullptr) {
     backward_units<T, Sign::from_x>(p, begin, end);
   } else {

@@ -17,6 +17,9 @@ struct MaskedAffineForward {
   void* y;
   const float* a;
   const float* b;
+  // null: not kept. With relu, a residual and channels inside, rows being multiples of 16: one bit a number, set where
+  // the relu lets the gradient through.
+  uint8_t* signs;
 };
 
 struct MaskedAffineBackward {
@@ -24,9 +27,10 @@ struct MaskedAffineBackward {
   bool relu;
   const void* grad;
   const void* x;
-  const void* y;        // null: with relu the sign is recomputed from x
-  void* grad_x;         // null: not needed
-  void* grad_residual;  // null: not needed
+  const void* y;         // null: with relu the sign is that of `signs`, or recomputed from x
+  const uint8_t* signs;  // as the forward keeps them, or null
+  void* grad_x;          // null: not needed; may be grad
+  void* grad_residual;   // null: not needed; may be grad
   const float* a;
   const float* b;
   const float* center;

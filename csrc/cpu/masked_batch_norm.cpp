@@ -70,7 +70,7 @@ void add_rows(const T* x, int64_t row, int64_t n, const float* k, float* sum, fl
     const Vec shift = lanes.load(k + i);
     Vec total = lanes.load(sum + i), squares = lanes.load(square + i);
     for (int r = 0; r < kRows; ++r) {
-      const Vec difference = lanes.load(x + r * row + i) - shift;
+      const Vec difference = lanes.take(x + r * row + i) - shift;
       total = total + difference;
       squares = fma(difference, difference, squares);
     }
@@ -122,10 +122,10 @@ void grad_x_run(const BatchNormGradX& t, int64_t start, int64_t n, Channels a, C
   const T* y = kSign == Sign::from_y ? static_cast<const T*>(t.y) + start : nullptr;
   T* grad_x = static_cast<T*>(t.grad_x) + start;
   for_vectors(t.rows, start, n, [&](int64_t i, auto lanes) {
-    Vec g = lanes.load(grad + i);
-    const Vec value = lanes.load(x + i), slope = a.load(i, lanes);
+    Vec g = lanes.take(grad + i);
+    const Vec value = lanes.take(x + i), slope = a.load(i, lanes);
     if constexpr (kSign == Sign::from_x) g = g.where_positive(fma(slope, value, b.load(i, lanes)));
-    if constexpr (kSign == Sign::from_y) g = g.where_positive(lanes.load(y + i));
+    if constexpr (kSign == Sign::from_y) g = g.where_positive(lanes.take(y + i));
     const Vec through_statistics = fma(p.load(i, lanes), value - center.load(i, lanes), q.load(i, lanes));
     lanes.store(fma(slope, g, through_statistics), grad_x + i);
   });

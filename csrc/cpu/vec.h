@@ -54,6 +54,17 @@ struct Vec {
     const __mmask16 positive = _mm512_cmp_ps_mask(sign.v, _mm512_setzero_ps(), _CMP_NLE_UQ);
     return {_mm512_and_ps(v, _mm512_castsi512_ps(_mm512_movm_epi32(positive)))};
   }
+  // One bit a lane, set where this is > 0 or NaN, to and from bit `i` of memory; i is a multiple of kWidth.
+  void store_signs(uint8_t* bits, int64_t i) const {
+    const uint16_t positive = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+    std::memcpy(bits + i / 8, &positive, sizeof(positive));
+  }
+  // This where the bit is set, else 0.
+  Vec where_signs(const uint8_t* bits, int64_t i) const {
+    uint16_t positive;
+    std::memcpy(&positive, bits + i / 8, sizeof(positive));
+    return {_mm512_and_ps(v, _mm512_castsi512_ps(_mm512_movm_epi32(positive)))};
+  }
   Vec abs() const { return {_mm512_abs_ps(v)}; }
   // The second operand is what comes back where one is NaN, and of two zeros.
   friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -81,6 +92,15 @@ struct Vec {
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(even, 16), nan, _mm512_set1_epi32(0x7fc0)));
   }
 #endif
+};
+
+// 32 numbers in registers.
+struct Table32 {
+  __m512 low, high;
+
+  static Table32 load(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
+  // The number that the five low bits of each lane name.
+  Vec at(Vec index) const { return {_mm512_permutex2var_ps(low, _mm512_castps_si512(index.v), high)}; }
 };
 
 #elif defined(__AVX2__)
@@ -120,6 +140,16 @@ struct Vec {
   // This where sign > 0 or NaN, else 0.
   Vec where_positive(Vec sign) const {
     return {_mm256_and_ps(_mm256_cmp_ps(sign.v, _mm256_setzero_ps(), _CMP_NLE_UQ), v)};
+  }
+  // One bit a lane, set where this is > 0 or NaN, to and from bit `i` of memory; i is a multiple of kWidth.
+  void store_signs(uint8_t* bits, int64_t i) const {
+    bits[i / 8] = static_cast<uint8_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ)));
+  }
+  // This where the bit is set, else 0.
+  Vec where_signs(const uint8_t* bits, int64_t i) const {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[i / 8]), lane), lane);
+    return {_mm256_and_ps(_mm256_castsi256_ps(set), v)};
   }
   Vec abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   // The second operand is what comes back where one is NaN, and of two zeros.
@@ -207,6 +237,19 @@ struct Vec {
     const Bits not_positive = reinterpret_cast<Bits>(sign.v <= 0.0f);
     return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & ~not_positive)};
   }
+  // One bit a lane, set where this is > 0 or NaN, to and from bit `i` of memory; i is a multiple of kWidth, and bits
+  // are stored in ascending order.
+  void store_signs(uint8_t* bits, int64_t i) const {
+    unsigned positive = 0;
+    for (unsigned lane = 0; lane < kWidth; ++lane) positive |= (v[lane] <= 0.0f ? 0u : 1u) << lane;
+    bits[i / 8] = static_cast<uint8_t>(i % 8 == 0 ? positive : bits[i / 8] | positive << 4);
+  }
+  // This where the bit is set, else 0.
+  Vec where_signs(const uint8_t* bits, int64_t i) const {
+    const uint32_t positive = bits[i / 8] >> (i % 8);
+    const Bits set = (Bits{positive, positive, positive, positive} >> Bits{0, 1, 2, 3}) & 1u;
+    return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & (0u - set))};
+  }
   Vec abs() const { return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & 0x7fffffffu)}; }
   // The second operand is what comes back where one is NaN, and of two zeros.
   friend Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
@@ -223,10 +266,13 @@ struct Vec {
 
 #endif
 
-// Asks for the line of memory 8 KB behind `p`: the processor's own prefetcher stops at every page. Reading 85 MB on one
-// thread took 2.30 ms without, 2.25 with 2 KB, 2.01 with 4, 1.87 with 8 and 1.89 with 16.
+// Asks for the line of memory `kBytes` behind `p`: the processor's own prefetcher stops at every page. Far for what is
+// written past the cache: reading 85 MB on one thread took 2.30 ms without, 2.25 with 2 KB, 2.01 with 4, 1.87 with 8
+// and 1.89 with 16. Near for the rest, where 8 KB came too early with three streams (docs/decisions.md).
+inline constexpr uintptr_t kFar = 8192, kNear = 1024;
+template <uintptr_t kBytes>
 MNP_ALWAYS_INLINE void ask_ahead(const void* p) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + 8192));
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kBytes));
 }
 
 // What has been streamed is seen by other threads after this.

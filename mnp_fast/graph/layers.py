@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from mnp_fast.frozen import FrozenConv2d
-from mnp_fast.ops import masked_act, masked_affine, masked_batch_norm, op_masked_affine, samples
+from mnp_fast.ops import masked_act, masked_affine, masked_batch_norm, samples
 from mnp_fast.sites import Site, columns
 
 
@@ -36,38 +33,6 @@ class Affine(nn.Module):
         if residual is not None and residual.dtype != x.dtype:
             residual = residual.to(x.dtype)
         return masked_affine(x, mask, *self.vectors, residual, channel_dim=self.channel_dim, act=self.act)
-
-
-class ConvolutionAffine(nn.Module):
-    def __init__(self, conv: FrozenConv2d, affine: Affine) -> None:
-        super().__init__()
-        self.conv, self.affine = conv, affine
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = x.to(self.conv.dtype).contiguous(memory_format=torch.channels_last)
-        if residual is not None and residual.dtype != x.dtype:
-            residual = residual.to(x.dtype)
-        y: Tensor = JoinedConvolution.apply(x, self.affine.mask(), *self.affine.vectors, residual, self)
-        return y
-
-
-class JoinedConvolution(torch.autograd.Function):
-    """FrozenConv2d, then masked_affine."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        *tensors, layer = args
-        inputs = (layer.conv.run(x), *tensors, 1, layer.affine.act)
-        y: Tensor = op_masked_affine.run(*inputs)
-        op_masked_affine.save(ctx, inputs, y)
-        ctx.conv, ctx.shape = layer.conv, x.shape
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        first, *others = op_masked_affine.gradients(op_masked_affine.run_backward, ctx, grad)[:6]
-        return None if first is None else ctx.conv.back(first, ctx.shape), *others, None
 
 
 class TrainedAffine(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from mnp_fast.frozen import FrozenConv2d, FrozenLinear, attention
-from mnp_fast.graph.layers import Act, Affine, BatchNorm, ConvolutionAffine, MaskedWeight, TrainedAffine
+from mnp_fast.graph.layers import Act, Affine, BatchNorm, MaskedWeight, TrainedAffine
 from mnp_fast.graph.program import Program
+from mnp_fast.graph.region import Link, Region
 from mnp_fast.graph.trace import Captured
 from mnp_fast.sites import Site
 
@@ -33,18 +35,20 @@ def program(
     batch_statistics: bool,
     dtype: torch.dtype | None,
     packed: bool = True,
+    joined: bool = True,
 ) -> Program:
     """A function of images that runs the trace with the weights of ``model``; returns logits (b, classes).
 
     mask: (total_neurons(sites),) float32, read in every call; None for no masks and trainable weights. With a mask
     every weight is taken as it is now. dtype: that of products (convolutions, linear layers, attention),
     torch.bfloat16 or None for float32. packed: False where it is run once or twice, which does not repay putting the
-    weights of convolutions into oneDNN's order. On a CPU pictures that do not depend on each other are shared out to
+    weights of convolutions into oneDNN's order. joined: False where the nodes are walked one by one (`mnp_fast.walk`):
+    every convolution is a region of its own. On a CPU pictures that do not depend on each other are shared out to
     one thread a core.
     """
     assert captured.graph is not None
     assert captured.names is not None
-    return _Rewriter(captured, model, sites, mask, batch_statistics, dtype, packed).run()
+    return _Rewriter(captured, model, sites, mask, batch_statistics, dtype, packed, joined).run()
 
 
 class _Rewriter:
@@ -57,6 +61,7 @@ class _Rewriter:
         batch_statistics: bool,
         dtype: torch.dtype | None,
         packed: bool,
+        joined: bool,
     ) -> None:
         self.graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
@@ -69,7 +74,7 @@ class _Rewriter:
         self.views = threading.local()  # of the mask, in the forward that runs in this thread
         self.dtype = dtype or torch.float32
         self.low = dtype is not None
-        self.packed = packed
+        self.packed, self.joined = packed, joined
         self.root: dict[str, Any] = {}
         self.values: dict[fx.Node, Tensor] = {}  # what weight nodes stand for
         self.captured = captured
@@ -103,8 +108,7 @@ class _Rewriter:
         if self.mask is not None:
             for node in list(self.graph.nodes):
                 self._freeze(node)
-            for node in list(self.graph.nodes):
-                self._join(node)
+            self._gather()
         module = fx.GraphModule(self.root, self.graph)
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -263,15 +267,63 @@ class _Rewriter:
                 frozen.packs = frozen.packs and self.packed
         self._replace(node, self._call(node, self.modules[key], node.args[0]))
 
-    def _join(self, node: fx.Node) -> None:
-        """A convolution and the op behind it as one function, which halves the calls of a forward and a backward."""
-        affine, x = self._module(node), node.args[0] if node.args else None
-        if not isinstance(affine, Affine) or affine.channel_dim != 1 or not isinstance(x, fx.Node):
+    def _gather(self) -> None:
+        """Convolutions with an affine behind them, and whatever of that kind follows directly, as one function."""
+        run: list[tuple[fx.Node, fx.Node]] = []
+        for node in list(self.graph.nodes):
+            if node.op == "get_attr":
+                continue
+            conv = self._convolution_of(node)
+            if conv is not None:
+                run.append((conv, node))
+                if not self.joined:
+                    self._region(run)
+                    run = []
+            elif not (isinstance(self._module(node), FrozenConv2d) and self._affine_of(node) is not None):
+                self._region(run)
+                run = []
+
+    def _affine_of(self, conv: fx.Node) -> fx.Node | None:
+        """The affine that alone takes what a convolution gives."""
+        user = _only_user(conv)
+        affine = None if user is None else self._module(user)
+        fits = isinstance(affine, Affine) and affine.channel_dim == 1 and user is not None and user.args[0] is conv
+        return user if fits and conv not in user.args[1:] else None  # type: ignore[union-attr]
+
+    def _convolution_of(self, node: fx.Node) -> fx.Node | None:
+        x = node.args[0] if node.args else None
+        if not isinstance(x, fx.Node) or not isinstance(self._module(x), FrozenConv2d):
+            return None
+        return x if self._affine_of(x) is node else None
+
+    def _region(self, run: list[tuple[fx.Node, fx.Node]]) -> None:
+        if not run:
             return
-        conv = self._module(x)
-        if isinstance(conv, FrozenConv2d) and _only_user(x) is node:
-            self._replace(node, self._call(node, ConvolutionAffine(conv, affine), *x.args, *node.args[1:]))
-            self.graph.erase_node(x)
+        nodes = [node for _, node in run]
+        values: dict[fx.Node, int] = {}
+        for conv, node in run:
+            for x in (conv.args[0], *node.args[1:]):
+                if x not in nodes:
+                    values.setdefault(x, len(values))  # type: ignore[arg-type]
+        inputs = list(values)
+        links = []
+        for conv, node in run:
+            residual = values[node.args[1]] if len(node.args) > 1 else None  # type: ignore[index]
+            links.append(Link(self._module(conv), self._module(node), values[conv.args[0]], residual))  # type: ignore[index]
+            values[node] = len(values)
+        inside = {node for pair in run for node in pair}
+        outputs = [node for node in nodes if not set(node.users) <= inside]
+        region = self._call(nodes[-1], Region(links, len(inputs), [values[node] for node in outputs]), *inputs)
+        for i, node in enumerate(outputs):
+            found = region
+            if len(outputs) > 1:
+                with self.graph.inserting_before(nodes[-1]):
+                    found = self.graph.call_function(operator.getitem, (region, i))
+            found.meta = dict(node.meta)
+            node.replace_all_uses_with(found)
+        for conv, node in reversed(run):
+            self.graph.erase_node(node)
+            self.graph.erase_node(conv)
 
     def _module(self, node: fx.Node) -> Any:
         return self.root[str(node.target)] if node.op == "call_module" else None

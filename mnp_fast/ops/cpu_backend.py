@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -101,6 +102,58 @@ def masked_affine_backward(
         _isa(registry.requested_cpu_isa()),
     )
     return result
+
+
+def masked_affine_signed(
+    x: Tensor, mask: Tensor, scale: Tensor, center: Tensor, shift: Tensor, residual: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = torch.ops.mnp_fast_cpu.masked_affine_signed.default(
+        x, mask, scale, center, shift, residual, *layout, _isa(registry.requested_cpu_isa())
+    )
+    return result
+
+
+def masked_affine_backward_(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    signs: Tensor | None,
+    mask: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    layout: Layout,
+    act: str,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+    over: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_x, grad_residual, sum_g, sum_gx = torch.ops.mnp_fast_cpu.masked_affine_backward_.default(
+        grad,
+        x,
+        y,
+        signs,
+        mask,
+        scale,
+        center,
+        shift,
+        *layout,
+        act == "relu",
+        need_grad_x,
+        need_grad_residual,
+        over,
+        _isa(registry.requested_cpu_isa()),
+    )
+    if over and need_grad_residual:
+        grad_residual = grad
+    elif over:
+        grad_x = grad
+    return grad_x, grad_residual, sum_g, sum_gx
+
+
+def winograd(x: Tensor, u: Tensor, out: int, padding: Sequence[int]) -> Tensor:
+    y: Tensor = torch.ops.mnp_fast_cpu.winograd.default(x, u, out, *padding, _isa(registry.requested_cpu_isa()))
+    return y
 
 
 def masked_batch_norm(

@@ -125,6 +125,75 @@ def run_backward(
     return result
 
 
+def run_keeping_sign(
+    x: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+) -> tuple[Tensor, Tensor | None]:
+    """`run` with channel_dim 1, and what `run_backward_` needs to know the sign behind a relu.
+
+    That is one bit a number, uint8 (numel / 8,), where the backend has a kernel for it, else the result itself; None
+    where the sign follows from x.
+    """
+    if residual is None or act != "relu":
+        return run(x, mask, scale, center, shift, residual, 1, act), None
+    x, layout = dense(x, 1)
+    kernel = registry.beside("masked_affine", "masked_affine_signed", x.device, x.dtype)
+    if kernel is None or not layout.channels_last or layout.c % 16:
+        y = run(x, mask, scale, center, shift, residual, 1, act)
+        return y, y
+    _check(x, (mask, scale, center, shift), (residual,), 1, act)
+    found: tuple[Tensor, Tensor] = kernel(
+        x, mask.contiguous(), scale.contiguous(), center.contiguous(), shift.contiguous(), like(residual, x), layout
+    )
+    return found
+
+
+def run_backward_(
+    grad: Tensor,
+    x: Tensor,
+    sign: Tensor | None,
+    mask: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    act: str,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+    over: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`run_backward` with channel_dim 1 and the sign from `run_keeping_sign`.
+
+    over: nobody else needs `grad`, which one of the results may be written over. Reading two tensors and writing over
+    one takes half to two thirds of the time of writing to a third (docs/decisions.md).
+    """
+    x, layout = dense(x, 1)
+    kernel = registry.beside("masked_affine_backward", "masked_affine_backward_", x.device, x.dtype)
+    if kernel is None:
+        return run_backward(grad, x, sign, mask, scale, center, shift, 1, act, need_grad_x, need_grad_residual)
+    bits = sign is not None and sign.dtype == torch.uint8
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = kernel(
+        like(grad, x),
+        x,
+        None if bits or sign is None else like(sign, x),
+        sign if bits else None,
+        mask.contiguous(),
+        scale.contiguous(),
+        center.contiguous(),
+        shift.contiguous(),
+        layout,
+        act,
+        need_grad_x,
+        need_grad_residual,
+        over,
+    )
+    return result
+
+
 _forward_op = torch.library.custom_op(
     "mnp_fast::masked_affine",
     run,

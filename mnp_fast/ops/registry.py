@@ -7,6 +7,7 @@ one function for every op that it has, named like the op. It is imported when an
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,11 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 def available(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Backends that can run `op` on tensors of this device and dtype, best first."""
     return [backend for backend in BACKENDS if why_not(backend, op, device, dtype) is None]
+
+
+def beside(op: str, name: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """What the backend that runs `op` here has under another name; None where it has nothing of that name."""
+    return getattr(sys.modules[kernel(op, device, dtype).__module__], name, None)
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from affine_cases import (
 from channel_cases import assert_ratio
 
 from mnp_fast.errors import BackendError
-from mnp_fast.ops import force_backend, masked_affine
+from mnp_fast.ops import force_backend, force_cpu_isa, masked_affine, op_masked_affine
+from mnp_fast.ops.cpu_backend import usable_isas
+from mnp_fast.ops.layout import dense
 
 FORWARD = torch.ops.mnp_fast.masked_affine.default
 BACKWARD = torch.ops.mnp_fast.masked_affine_backward.default
@@ -220,6 +222,48 @@ def test_backward_op_gives_sums_of_each_sample(provider, dtype):
         y = leaf.view(-1, 1, 1) * scale.view(-1, 1, 1) * (x - center.view(-1, 1, 1)) + shift.view(-1, 1, 1)
         (gradient,) = torch.autograd.grad(y.relu(), leaf, inputs.grad[sample : sample + 1])
         torch.testing.assert_close(scale * sum_gx[sample], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("need_residual", [True, False])
+@pytest.mark.parametrize("act", ["relu", "none"])
+@pytest.mark.parametrize(("shape", "memory"), [((3, 32, 7, 5), "channels_last"), ((2, 5, 6, 3), "channels_last"),
+                                               ((2, 48, 4, 4), "contiguous"), ((0, 16, 3, 3), "channels_last"),
+                                               ((3, 16, 70, 80), "channels_last")])  # fmt: skip
+@pytest.mark.parametrize(("provider", "dtype"), ALL_PROVIDERS)
+def test_a_gradient_that_may_be_written_over(provider, dtype, shape, memory, act, need_residual):
+    inputs = make_inputs(Case(shape, act=act, residual=need_residual, memory=memory), dtype, provider.device)
+    with provider.force():
+        y = op_masked_affine.run(inputs.x, *inputs.vectors, inputs.residual, 1, act)
+        kept, sign = op_masked_affine.run_keeping_sign(inputs.x, *inputs.vectors, inputs.residual, act)
+        assert torch.equal(kept, y)
+        through = need_residual and act == "relu"
+        expected = op_masked_affine.run_backward(
+            inputs.grad, inputs.x, y if through else None, *inputs.vectors, 1, act, True, through
+        )
+        bits = provider.backend == "cpu" and through and shape[1] % 16 == 0
+        bits = bits and dense(inputs.x, 1)[1].channels_last
+        assert sign is None if not through else (sign.dtype == torch.uint8) == bits
+        for over in (False, True):
+            grad = inputs.grad.clone()
+            given = op_masked_affine.run_backward_(grad, inputs.x, sign, *inputs.vectors, act, True, through, over)
+            for a, b in zip(given, expected, strict=True):
+                assert torch.equal(a, b)
+            written = provider.backend == "cpu" and over and grad.stride() == inputs.x.stride()
+            assert torch.equal(grad, (given[1] if through else given[0]) if written else inputs.grad)
+
+
+def test_signs_are_kept_of_what_the_relu_lets_through():
+    x = torch.tensor([1.0, -1.0, 0.0, float("nan"), -0.0, 1e-30, float("inf"), -float("inf")]).repeat(4)
+    x = x.view(1, 32, 1, 1).contiguous(memory_format=torch.channels_last)
+    ones, zeros = torch.ones(32), torch.zeros(32)
+    for isa in usable_isas():
+        with force_backend("cpu"), force_cpu_isa(isa):
+            _, sign = op_masked_affine.run_keeping_sign(x, ones, ones, zeros, zeros, torch.zeros_like(x), "relu")
+            found = op_masked_affine.run_backward_(
+                torch.ones_like(x), x, sign, ones, ones, zeros, zeros, "relu", True, True, False
+            )
+        assert sign.tolist() == [0b01101001] * 4
+        assert found[1].flatten().tolist() == [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0] * 4
 
 
 def test_second_derivative_is_an_error_not_a_zero():
