@@ -25,12 +25,24 @@ def ops_of_the_build() -> set[str]:
     return set(re.search(r"set\(OPS ([^)]*)\)", CMAKE)[1].split())
 
 
+def ops_of_the_cpu_alone():
+    return set(re.search(r"set\(CPU_OPS ([^)]*)\)", CMAKE)[1].split())
+
+
 def test_every_op_has_every_layer():
     for op in ops_of_the_build():
         for file in ("cpu/{}.cpp", "cpu/{}.h", "cuda/{}.cu", "cuda/{}.h", "torch/{}.cpp", "torch/{}_cuda.cpp"):
             assert (ROOT / "csrc" / file.format(op)).exists(), file.format(op)
         assert (ROOT / "mnp_fast" / "ops" / f"op_{op}.py").exists()
         assert (ROOT / "mnp_fast" / "ops" / f"triton_{op}.py").exists()
+        assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
+
+
+def test_ops_of_the_cpu_alone_have_its_layers():
+    for op in ops_of_the_cpu_alone():
+        for file in ("cpu/{}.cpp", "cpu/{}.h", "torch/{}.cpp"):
+            assert (ROOT / "csrc" / file.format(op)).exists(), file.format(op)
+        assert (ROOT / "mnp_fast" / "ops" / f"{op}.py").exists()
         assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
 
 
@@ -50,7 +62,7 @@ def test_glue_uses_the_stable_interface_alone():
 def test_kernel_files_share_no_inline_function():
     # The linker would keep one copy, maybe of an instruction set that the processor lacks.
     folder = ROOT / "csrc" / "cpu"
-    for source in [*folder.glob("*.h"), *(folder / f"{op}.cpp" for op in ops_of_the_build())]:
+    for source in [*folder.glob("*.h"), *(folder / f"{op}.cpp" for op in ops_of_the_build() | ops_of_the_cpu_alone())]:
         included = set(re.findall(r"#include <([^>]+)>", source.read_text()))
         assert included <= {"cstdint", "cstring", "immintrin.h"}, source
 
@@ -58,7 +70,7 @@ def test_kernel_files_share_no_inline_function():
 @pytest.mark.parametrize(("library", "suffix"), [("mnp_fast_cpu", ""), ("mnp_fast_cuda", "_cuda")])
 def test_the_interface_is_that_of_the_sources(library, suffix):
     schemas = []
-    for op in ops_of_the_build():
+    for op in ops_of_the_build() | (set() if suffix else ops_of_the_cpu_alone()):
         source = (ROOT / "csrc" / "torch" / f"{op}{suffix}.cpp").read_text()
         for definition in re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', source):
             schemas.append(torch._C.parse_schema(f"{library}::" + "".join(re.findall(r'"([^"]*)"', definition))))

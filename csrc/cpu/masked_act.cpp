@@ -3,8 +3,6 @@
 // which both the activation and its derivative come.
 #include "cpu/masked_act.h"
 
-#include <cmath>
-
 #include "cpu/loops.h"
 #include "cpu/math.h"
 
@@ -26,8 +24,8 @@ struct Tail {
 
 struct Gelu {
   static constexpr float kLimit = kGeluLimit, kStep = kGeluTable / 31.4f;
-  static double q(double a) { return 0.5 * ::erfc(a * 0.70710678118654752); }
-  static double d(double a) { return 0.39894228040143268 * ::exp(-0.5 * a * a); }
+  static double q(double a) { return 0.5 * __builtin_erfc(a * 0.70710678118654752); }
+  static double d(double a) { return 0.39894228040143268 * __builtin_exp(-0.5 * a * a); }
   template <class T>
   static MNP_ALWAYS_INLINE Tail tail(Vec a) {
     const Vec e = exp2<T>(a * a * Vec::fill(-0.5f * kLog2E));
@@ -45,7 +43,7 @@ MNP_ALWAYS_INLINE Tail logistic_tail(Vec g, Vec slope) {
 
 struct GeluTanh {
   static constexpr float kLimit = kGeluTanhLimit, kStep = kGeluTable / 31.4f;
-  static double q(double a) { return 1.0 / (1.0 + ::exp(1.5957691216057308 * (a + 0.044715 * a * a * a))); }
+  static double q(double a) { return 1.0 / (1.0 + __builtin_exp(1.5957691216057308 * (a + 0.044715 * a * a * a))); }
   static double d(double a) { return (q(a) - q(a) * q(a)) * 1.5957691216057308 * (1.0 + 0.134145 * a * a); }
   template <class T>
   static MNP_ALWAYS_INLINE Tail tail(Vec a) {
@@ -57,7 +55,7 @@ struct GeluTanh {
 
 struct Silu {
   static constexpr float kLimit = kSiluLimit, kStep = kSiluTable / 31.4f;
-  static double q(double a) { return 1.0 / (1.0 + ::exp(a)); }
+  static double q(double a) { return 1.0 / (1.0 + __builtin_exp(a)); }
   static double d(double a) { return q(a) - q(a) * q(a); }
   template <class T>
   static MNP_ALWAYS_INLINE Tail tail(Vec a) {
@@ -67,7 +65,7 @@ struct Silu {
 
 struct QuickGelu {
   static constexpr float kLimit = kQuickGeluLimit, kStep = kSiluTable / 1.702f / 31.4f;
-  static double q(double a) { return 1.0 / (1.0 + ::exp(1.702 * a)); }
+  static double q(double a) { return 1.0 / (1.0 + __builtin_exp(1.702 * a)); }
   static double d(double a) { return (q(a) - q(a) * q(a)) * 1.702; }
   template <class T>
   static MNP_ALWAYS_INLINE Tail tail(Vec a) {
