@@ -20,8 +20,8 @@ template <bool kResidual, bool kRelu, bool kSigns, class T, class Channels>
 void forward_run(const Rows& rows, int64_t start, const T* x, const T* residual, T* y, Channels a, Channels b,
                  int64_t n, uint8_t* signs) {
   for_vectors(rows, start, n, [=](int64_t i, auto lanes) {
-    const Vec r = kResidual ? lanes.load(residual + i) : Vec::fill(0.0f);
-    const Vec value = forward_one<kResidual, kRelu>(lanes.load(x + i), r, a.load(i, lanes), b.load(i, lanes));
+    const Vec r = kResidual ? lanes.take(residual + i) : Vec::fill(0.0f);
+    const Vec value = forward_one<kResidual, kRelu>(lanes.take(x + i), r, a.load(i, lanes), b.load(i, lanes));
     lanes.store(value, y + i);
     if constexpr (kSigns) value.store_signs(signs, start + i);
   });

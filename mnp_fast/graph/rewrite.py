@@ -299,6 +299,7 @@ class _Rewriter:
     def _region(self, run: list[tuple[fx.Node, fx.Node]]) -> None:
         if not run:
             return
+        run = self._shortcuts_first(run)
         nodes = [node for _, node in run]
         values: dict[fx.Node, int] = {}
         for conv, node in run:
@@ -324,6 +325,19 @@ class _Rewriter:
         for conv, node in reversed(run):
             self.graph.erase_node(node)
             self.graph.erase_node(conv)
+
+    def _shortcuts_first(self, run: list[tuple[fx.Node, fx.Node]]) -> list[tuple[fx.Node, fx.Node]]:
+        """1x1 convolutions that skip positions directly behind what they take.
+
+        So their gradient comes last, onto a whole one, in place of one that is zero at the positions between.
+        """
+        ordered: list[tuple[fx.Node, fx.Node]] = []
+        for conv, node in run:
+            module, place = self._module(conv), len(ordered)
+            if module.kernel == [1, 1] and module.stride != [1, 1] and len(node.args) == 1:
+                place = next((i for i in range(place, 0, -1) if ordered[i - 1][1] is conv.args[0]), 0)
+            ordered.insert(place, (conv, node))
+        return ordered
 
     def _module(self, node: fx.Node) -> Any:
         return self.root[str(node.target)] if node.op == "call_module" else None
