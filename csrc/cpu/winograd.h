@@ -25,7 +25,7 @@ struct Winograd {
 
   // Tiles that pass through all stages together: the 36 weights of each pair of channels are read once for so many, and
   // what the stages hand on should stay in the cache where the weights do.
-  int64_t at_once() const { return in * out < 128 * 128 ? 48 : 96; }
+  int64_t at_once() const { return in * out < 128 * 128 ? 24 : 96; }
   int64_t panels() const { return (out + kPanel - 1) / kPanel; }
   // Rows of the transformed input, and of the products before they are transformed back.
   int64_t input_row() const { return in + kRowGap; }
