@@ -29,7 +29,7 @@ demo: env
 	@$(BIN)/python -m benchmarks.demo
 
 test: env
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 sanitize: env
 	@PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(abspath $(BIN))/python scripts/sanitize.sh $(ARGS)
