@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from mnp_fast.ops import winograd
 
 _FEW_POSITIONS = 196
-"""Up to so many, 1x1 convolutions run as linear layers: bfloat16 on a Xeon with AMX, (4, 512, 7, 7) to 2048 channels .47
-against .69 ms and 256 to 1024 at 14x14 .82 against 1.09, at 56x56 as fast or slower; float32 2.6 against 2.9."""
+"""Up to so many, 1x1 convolutions run as linear layers. bfloat16 on a Xeon with AMX: (4, 512, 7, 7) to 2048 channels
+.47 against .69 ms, 256 to 1024 at 14x14 .82 against 1.09, at 56x56 as fast or slower; float32 2.6 against 2.9."""
 _ATTENTION_LENGTH = 1024
 """Longest sequence whose attention matrix is kept: 2 MB a head and picture in bfloat16."""
 

@@ -247,8 +247,8 @@ struct Vec {
   // This where the bit is set, else 0.
   Vec where_signs(const uint8_t* bits, int64_t i) const {
     const uint32_t positive = bits[i / 8] >> (i % 8);
-    const Bits set = (Bits{positive, positive, positive, positive} >> Bits{0, 1, 2, 3}) & 1u;
-    return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & (0u - set))};
+    const Bits set = reinterpret_cast<Bits>((Bits{positive, positive, positive, positive} & Bits{1, 2, 4, 8}) != 0);
+    return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & set)};
   }
   Vec abs() const { return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(v) & 0x7fffffffu)}; }
   // The second operand is what comes back where one is NaN, and of two zeros.
