@@ -1,6 +1,6 @@
 // Bytes moved for each number of x, e bytes wide: forward 2e, backward 3e (grad, x, grad_x). The aim is 80 % of the
-// bandwidth of a copy of as many bytes with relu; the others add one exp and one polynomial or division a number, from
-// which both the activation and its derivative come.
+// bandwidth of a copy of as many bytes, which relu reaches. The others add one exp and one polynomial or division a
+// number, from which both the activation and its derivative come, or with AVX-512 and bfloat16 one cubic.
 #include "cpu/masked_act.h"
 
 #include "cpu/loops.h"

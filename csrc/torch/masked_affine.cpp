@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> masked_affine_signed(Tensor x, Tensor mask, Tensor sc
   return {y, signs};
 }
 
-// As masked_affine_backward, but what is asked for last is written over grad where `over`, and comes back empty.
+// As masked_affine_backward. Where `over`, what is asked for last is written over grad, and comes back empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> masked_affine_backward_(Tensor grad, Tensor x, std::optional<Tensor> y,
                                                                    std::optional<Tensor> signs, Tensor mask,
                                                                    Tensor scale, Tensor center, Tensor shift, int64_t n,
@@ -163,10 +163,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mnp_fast_cpu, m) {
       "masked_affine(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor shift, Tensor? residual, "
       "int n, int c, int s, bool channels_last, bool relu, int isa) -> Tensor");
   m.def(
-      "masked_affine_backward(Tensor grad, Tensor x, Tensor? y, Tensor mask, Tensor scale, Tensor center, "
-      "Tensor shift, int n, int c, int s, bool channels_last, bool relu, bool need_grad_x, bool need_grad_residual, "
-      "int isa) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
       "masked_affine_signed(Tensor x, Tensor mask, Tensor scale, Tensor center, Tensor shift, Tensor residual, "
       "int n, int c, int s, bool channels_last, int isa) -> (Tensor, Tensor)");
   m.def(
@@ -177,7 +173,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mnp_fast_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mnp_fast_cpu, CPU, m) {
   m.impl("masked_affine", TORCH_BOX(&mnp_fast::masked_affine));
-  m.impl("masked_affine_backward", TORCH_BOX(&mnp_fast::masked_affine_backward));
   m.impl("masked_affine_signed", TORCH_BOX(&mnp_fast::masked_affine_signed));
   m.impl("masked_affine_backward_", TORCH_BOX(&mnp_fast::masked_affine_backward_));
 }

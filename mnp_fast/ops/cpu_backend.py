@@ -87,21 +87,8 @@ def masked_affine_backward(
     need_grad_x: bool,
     need_grad_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.mnp_fast_cpu.masked_affine_backward.default(
-        grad,
-        x,
-        y,
-        mask,
-        scale,
-        center,
-        shift,
-        *layout,
-        act == "relu",
-        need_grad_x,
-        need_grad_residual,
-        _isa(registry.requested_cpu_isa()),
-    )
-    return result
+    vectors = (mask, scale, center, shift)
+    return masked_affine_backward_(grad, x, y, None, *vectors, layout, act, need_grad_x, need_grad_residual, False)
 
 
 def masked_affine_signed(
