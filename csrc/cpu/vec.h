@@ -283,15 +283,20 @@ inline void end_of_streams() {
 #endif
 }
 
-// The sum of the lanes, always in the same order.
-inline float sum(Vec a) {
-  float lanes[Vec::kWidth];
-  a.store(lanes);
-  for (int64_t half = Vec::kWidth / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+// The sum of the lanes: halves are added until one is left.
+#if defined(__AVX2__)
+inline float sum(__m128 a) {
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 }
+inline float sum(__m256 a) { return sum(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1))); }
+#if defined(__AVX512F__)
+inline float sum(__m512 a) { return sum(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1))); }
+#endif
+inline float sum(Vec a) { return sum(a.v); }
+#else
+inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+#endif
 
 }  // namespace
 }  // namespace mnp_fast::cpu
