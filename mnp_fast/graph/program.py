@@ -45,10 +45,10 @@ class Program:
         parts = self.parts(images)
         if parts < 2 or self.mask is None:
             return self.run(images, self.mask)
-        chunks = images.tensor_split(parts)
-        if torch.is_grad_enabled() and self.mask.requires_grad:
-            logits: Tensor = _Apart.apply(self, chunks, self.mask)
+        if torch.is_grad_enabled() and (self.mask.requires_grad or images.requires_grad):
+            logits: Tensor = _Apart.apply(self, parts, images, self.mask)
             return logits
+        chunks = images.tensor_split(parts)
         return torch.cat(workers.side_by_side([partial(self.run, chunk, self.mask) for chunk in chunks]))
 
     def parts(self, images: Tensor) -> int:
@@ -70,29 +70,36 @@ class Program:
 
 
 class _Apart(torch.autograd.Function):
-    """Forward and backward of several chunks of pictures side by side."""
+    """Forward and backward of several chunks of pictures side by side; gradients of the pictures and of the mask."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Program, chunks: Sequence[Tensor], mask: Tensor) -> Tensor:
-        def piece(chunk: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.enable_grad():
-                own = mask.detach().requires_grad_()
-                return whole.run(chunk, own), own
+    def forward(ctx: Any, whole: Program, parts: int, images: Tensor, mask: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[2:]
 
-        ctx.parts = workers.side_by_side([partial(piece, chunk) for chunk in chunks])
+        def piece(chunk: Tensor) -> tuple[Tensor, list[Tensor]]:
+            with torch.enable_grad():
+                own = [part.detach().requires_grad_(want) for part, want in zip((chunk, mask), wanted, strict=True)]
+                logits = whole.run(*own)
+                return logits, [part for part in own if part.requires_grad]
+
+        ctx.parts = workers.side_by_side([partial(piece, chunk) for chunk in images.tensor_split(parts)])
         return torch.cat([logits.detach() for logits, _ in ctx.parts])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
         parts, ctx.parts = ctx.parts, None
 
-        def piece(part: tuple[Tensor, Tensor], grad: Tensor) -> Tensor:
+        def piece(part: tuple[Tensor, list[Tensor]], grad: Tensor) -> list[Tensor]:
             logits, own = part
-            return torch.autograd.grad(logits, own, grad)[0]
+            return list(torch.autograd.grad(logits, own, grad))
 
         grads = grad.split([len(logits) for logits, _ in parts])
-        first, *others = workers.side_by_side([partial(piece, *both) for both in zip(parts, grads, strict=True)])
-        for other in others:
-            first += other
-        return None, None, first
+        found = workers.side_by_side([partial(piece, *both) for both in zip(parts, grads, strict=True)])
+        of_images, of_mask = ctx.needs_input_grad[2:]
+        total: Tensor | None = None
+        if of_mask:
+            total, *others = (each[-1] for each in found)
+            for other in others:
+                total += other
+        return None, None, torch.cat([each[0] for each in found]) if of_images else None, total

@@ -36,3 +36,28 @@ def test_the_mask_may_change_between_forwards() -> None:
     assert not torch.equal(first, changed)
     with torch.no_grad(), masked(model, sites, mask):
         assert close(changed, model(images), 1e-5)
+
+
+@pytest.mark.parametrize("of_mask", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pictures_take_gradients_too(threads: int, of_mask: bool) -> None:
+    model, images, sites, captured = found("narrow resnet18")
+    images = torch.randn(5, *images.shape[1:], generator=torch.Generator().manual_seed(1))
+    wanted = torch.randn(5, model(images).shape[1], generator=torch.Generator().manual_seed(2))
+
+    def gradients(how: Execution) -> tuple[torch.Tensor, ...]:
+        mask = torch.full((total_neurons(sites),), 0.7, requires_grad=of_mask)
+        given = images.clone().requires_grad_()
+        with masked(model, sites, mask, how=how):
+            loss = (model(given) * wanted).sum()
+            return torch.autograd.grad(loss, [given, mask] if of_mask else [given])
+
+    expected = gradients(Execution())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = gradients(Execution(captured))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(got, expected, strict=True):
+        assert close(one, other, 1e-4)
