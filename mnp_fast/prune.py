@@ -166,7 +166,7 @@ class _Run:
             pulls, transferred = self.search(suppressed)
             searched = max(pulls, key=pulls.__getitem__)
             size = self.config.perturbation_size
-            self.wave = find_wave(self.plain, self.learning, size, self.config, self.bar, self.how)
+            self.wave = find_wave(self.plain, self.sites, self.learning, size, self.config, self.bar, self.how)
             entry |= {"class": searched, "tried": len(pulls), "waved": 0 if self.wave is None else self.wave.waved}
         with self.stage("weigh") as entry:
             logits = self.suppressed_logits(suppressed, self.data)
@@ -194,10 +194,9 @@ class _Run:
         size, steps = self.config.perturbation_size / 4, self.config.perturbation_steps
         # Halfway they fool the model itself least into classes that are not the target (docs/decisions.md).
         early = self.perturbations("search", suppressed, tried, size, max(1, steps // 2))
-        transferred = {target: self.pulled(self.plain, one, target) for target, one in zip(tried, early, strict=True)}
+        transferred = self.pulled(self.plain, early, tried)
         found = self.perturbations("search", suppressed, tried, size, steps, start=early)
-        pulls = {target: self.pulled(suppressed, one, target) for target, one in zip(tried, found, strict=True)}
-        return pulls, transferred
+        return self.pulled(suppressed, found, tried), transferred
 
     def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None) -> Tensor:
         """Perturbations for masks and fine-tuning: towards the suspected class, or else the two that were weighed.
@@ -213,13 +212,16 @@ class _Run:
             found = torch.cat([found, self.wave.picture.expand_as(found)])
         return found
 
-    def pulled(self, network: nn.Module, perturbation: Tensor, target: int) -> float:
-        """Share of the learning pictures of other classes that go to ``target`` once they are perturbed."""
-        others = self.learning.subset(self.learning.labels != target)
-        images = DefenceSet(others.images + perturbation, others.labels)
-        with masked(network, (), None, how=self.how):
-            logits = predict(network, images, self.config.batch_size, self.device)
-        return float((logits.argmax(1) == target).double().mean())
+    def pulled(self, network: nn.Module, perturbations: Tensor, targets: list[int]) -> dict[int, float]:
+        """By target, the share of the learning pictures of other classes that go there with its perturbation."""
+        found = {}
+        with masked(network, self.sites, torch.ones_like(self.magnitude), how=self.how):
+            for target, perturbation in zip(targets, perturbations, strict=True):
+                others = self.learning.subset(self.learning.labels != target)
+                images = DefenceSet(others.images + perturbation, others.labels)
+                logits = predict(network, images, self.config.batch_size, self.device)
+                found[target] = float((logits.argmax(1) == target).double().mean())
+        return found
 
     def perturbations(
         self,

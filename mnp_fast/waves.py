@@ -8,7 +8,7 @@ since such networks hardly notice a shift. A trigger was learned in one place: t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from mnp_fast.data import DefenceSet
 from mnp_fast.masked import MODULES, Execution, masked
 from mnp_fast.optimize import predict
 from mnp_fast.progress import Progress
+from mnp_fast.sites import Site, total_neurons
 
 _FEWEST, _PERIODS = 3, 8  # at least along one side, at most along either
 _QUARTERS, _EIGHTHS = 4, 8  # phases, when all waves are tried and when the best are looked at again
@@ -41,6 +42,7 @@ class Wave:
 
 def find_wave(
     model: nn.Module,
+    sites: Sequence[Site],
     data: DefenceSet,
     size: float,
     config: PruneConfig,
@@ -70,11 +72,13 @@ def find_wave(
 
     modes = list(_modes(data.images.shape[-2], data.images.shape[-1]))
     progress.stage("waves", len(modes) + _BEST)
-    with masked(model, (), None, how=how):
+    # All ones: under a mask weights are frozen, which is what forwards are fastest with.
+    ones = torch.ones(total_neurons(sites), device=data.images.device)
+    with masked(model, sites, ones, how=how):
         contrasts = []
         for mode in modes:
-            into = [_into(model, few, wave(mode, i / _QUARTERS), config) for i in range(_QUARTERS)]
-            shares = _shares(torch.stack(into), few.labels)
+            answers = _into(model, few, [wave(mode, i / _QUARTERS) for i in range(_QUARTERS)], config)
+            shares = _shares(answers, few.labels)
             contrasts.append(float((shares.amax(0) - shares.amin(0)).max()))
             progress.update(1)
         best: Wave | None = None
@@ -82,7 +86,7 @@ def find_wave(
         waved = len(modes) * _QUARTERS * len(few) + len(looked_at) * _EIGHTHS * len(pictures)
         for number in looked_at:
             waves = [wave(modes[number], i / _EIGHTHS) for i in range(_EIGHTHS)]
-            answers = torch.stack([_into(model, pictures, one, config) for one in waves])
+            answers = torch.cat([_into(model, pictures, [one], config) for one in waves])
             one, other = (_shares(answers[:, part::2], pictures.labels[part::2]) for part in range(2))
             contrast = (_contrast(one, other) + _contrast(other, one)) / 2
             target = int(contrast.argmax())
@@ -117,11 +121,11 @@ def _plane(mode: tuple[int, int], phase: float, height: int, width: int) -> Tens
     return torch.cos(2 * math.pi * (turns + phase))
 
 
-def _into(model: nn.Module, pictures: DefenceSet, wave: Tensor, config: PruneConfig) -> Tensor:
-    """(n, classes) bool: the class that each picture goes to with the wave."""
-    waved = DefenceSet(pictures.images + wave, pictures.labels)
+def _into(model: nn.Module, pictures: DefenceSet, waves: Sequence[Tensor], config: PruneConfig) -> Tensor:
+    """(waves, n, classes) bool: the class that each picture goes to with each wave. All are in memory at once."""
+    waved = DefenceSet(torch.cat([pictures.images + wave for wave in waves]), pictures.labels.repeat(len(waves)))
     logits = predict(model, waved, config.batch_size, pictures.images.device)
-    return logits == logits.amax(1, keepdim=True)
+    return (logits == logits.amax(1, keepdim=True)).view(len(waves), len(pictures), -1)
 
 
 def _shares(into: Tensor, labels: Tensor) -> Tensor:

@@ -212,8 +212,9 @@ def test_perturbed_towards_the_suspect_or_else_the_class_that_was_searched(
     monkeypatch.setattr(prune_module, "commonest", lambda logits, count: [2, 1, 3, 0][:count])
     pulls, transferred = {2: 0.1, 1: 0.2, 3: 0.7, 0: 0.4}, {2: 0.1, 1: 0.3, 3: 0.2, 0: 0.0}
 
-    def pulled(self: Any, network: nn.Module, one: Tensor, target: int) -> float:
-        return (transferred if network is self.plain else pulls)[target]
+    def pulled(self: Any, network: nn.Module, found: Tensor, targets: list[int]) -> dict[int, float]:
+        shares = transferred if network is self.plain else pulls
+        return {target: shares[target] for target in targets}
 
     monkeypatch.setattr(prune_module._Run, "pulled", pulled)
     result = run(model, config=config)
@@ -243,9 +244,8 @@ def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model
     shift = torch.linspace(-2, 2, 36).view(1, 6, 6)
     with torch.no_grad():
         predicted = model(images + shift).argmax(1)
-    for target in range(4):
-        share = float((predicted[labels != target] == target).float().mean())
-        assert whole.pulled(model, shift, target) == pytest.approx(share)
+    shares = {one: float((predicted[labels != one] == one).float().mean()) for one in range(4)}
+    assert whole.pulled(model, shift.expand(4, 1, 6, 6), list(range(4))) == pytest.approx(shares)
 
 
 # ---------------------------------------------------------------- held-back pictures and triggered ones

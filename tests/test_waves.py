@@ -49,7 +49,7 @@ def pictures(side: int, count: int = 60) -> DefenceSet:
 
 
 def find(model: nn.Module, data: DefenceSet) -> Wave | None:
-    return find_wave(model.eval(), data, SIZE, PruneConfig(batch_size=32), Progress(False))
+    return find_wave(model.eval(), (), data, SIZE, PruneConfig(batch_size=32), Progress(False))
 
 
 @pytest.mark.parametrize(("mode", "phase", "side"), [((0, 3), 0.75, 16), ((-2, 3), 0.0, 16), ((6, 1), 0.5, 32)])
