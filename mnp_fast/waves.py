@@ -51,9 +51,9 @@ def find_wave(
 ) -> Wave | None:
     """The wave whose phase matters most to ``model``, as it came, on clean pictures (n, channels, height, width).
 
-    sites: those of the model. size: L2 norm of a wave over the mean L2 norm of the pictures' deviation from the mean of each channel. Every
-    channel has its share by its own deviation. None where pictures have no height and width or are smaller than 12
-    pixels, and where there are fewer than eight of them.
+    sites: those of the model. size: L2 norm of a wave over the mean L2 norm of the pictures' deviation from the mean of
+    each channel. Every channel has its share by its own deviation. None where pictures have no height and width or are
+    smaller than 12 pixels, and where there are fewer than eight of them.
     """
     if data.images.dim() != 4 or min(data.images.shape[-2:]) < 4 * _FEWEST or len(data) < 8:
         return None
