@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ def main() -> int:
         try:
             for line in section():
                 print(f"  {line}")
+        except BrokenPipeError:
+            raise
         except Exception as error:  # a diagnosis goes on past whatever is broken
             print(f"  cannot be told: {type(error).__name__}: {error}")
     return 0
@@ -82,4 +85,10 @@ def _settings() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, head for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

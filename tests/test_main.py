@@ -28,6 +28,17 @@ def test_prints_everything_with_invalid_settings_too():
     assert "cannot be told" not in done.stdout
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "mnp_fast"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "versions:\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+
+
 def test_goes_on_past_what_is_broken(monkeypatch, capsys):
     def broken(*_):
         raise OSError("no such thing")
