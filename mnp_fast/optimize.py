@@ -246,6 +246,8 @@ def finetune_(
     generator: torch.Generator,
     progress: Progress,
     how: Execution = MODULES,
+    *,
+    mixing: bool = False,
 ) -> Trace:
     """Fine-tune a pruned model in place on clean pictures, BatchNorm statistics frozen, pruned neurons held at zero.
 
@@ -253,8 +255,8 @@ def finetune_(
     (distillation at temperature 2, Hinton et al., arXiv 1503.02531): on clean pictures its backdoor is silent, and its
     soft answers bring back 1 to 2 points of accuracy that labels alone do not. SGD with momentum, cosine annealing and
     clipped gradients: without clipping accuracy swung by 15 points between neighbouring prune sets (docs/decisions.md).
-    Half of a batch is mixed with other pictures and has the teacher's answers alone: some hundred pictures are few, and
-    mixtures are more of them (mixup, Zhang et al., arXiv 1710.09412); not where ``distillation`` is 0.
+    With ``mixing`` half of a batch is mixed with other pictures and has the teacher's answers alone: some hundred
+    pictures are few, and mixtures are more of them (mixup, Zhang et al., arXiv 1710.09412).
     A share of the pictures of every batch has a random one of the perturbations, as `perturb` gives them, added, scaled
     by a random number from 0 to 1: without, fine-tuning brings part of the backdoor back. keep: (neurons,) bool.
     """
@@ -267,7 +269,6 @@ def finetune_(
     device = keep.device
     trace = Trace()
     progress.stage("fine-tune", config.finetune_epochs)
-    mixing = _MIXED if config.distillation else 0.0
     numbered, right = DefenceSet(data.images, torch.arange(len(data))), data.labels.to(device)
     ones = torch.ones(len(keep), device=device)
     with masked(model, (), None, how=how), masked(teacher, sites, ones, how=how):
@@ -278,7 +279,7 @@ def finetune_(
             for images, rows in numbered.batches(_half_batch(config), generator, device):
                 labels, soft = right[rows], answers[rows]
                 weight = torch.full((len(rows),), config.distillation, device=device)
-                if mixed := round(mixing * len(rows)):
+                if mixed := round(_MIXED * len(rows)) if mixing else 0:
                     images[-mixed:] = _mixed(images, mixed, generator)
                     with torch.no_grad():
                         soft[-mixed:] = logits_of(teacher(images[-mixed:])).float()

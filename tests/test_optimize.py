@@ -392,17 +392,17 @@ def test_what_distillation_learns_from(known: nn.Module, distillation: float, sa
     assert torch.equal(*weights) == same
 
 
-@pytest.mark.parametrize(("distillation", "mixed"), [(0.5, [10, 10, 8]), (0.0, [])])
+@pytest.mark.parametrize(("mixing", "mixed"), [(True, [10, 10, 8]), (False, [])])
 def test_half_of_a_batch_is_mixed_for_the_teacher(
-    known: nn.Module, monkeypatch: pytest.MonkeyPatch, distillation: float, mixed: list[int]
+    known: nn.Module, monkeypatch: pytest.MonkeyPatch, mixing: bool, mixed: list[int]
 ) -> None:
     data = quadrants(56)
     model, sites, keep = pruned(known, data)
     teacher, seen = copy.deepcopy(known), []
     monkeypatch.setattr(optimize, "predict", lambda *_: torch.zeros(56, 4))  # what it is asked once
     teacher.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    config = PruneConfig(batch_size=40, finetune_epochs=1, distillation=distillation)
-    finetune_(model, teacher, sites, keep, NONE, data, config, seeded(), QUIET)
+    config = PruneConfig(batch_size=40, finetune_epochs=1)
+    finetune_(model, teacher, sites, keep, NONE, data, config, seeded(), QUIET, mixing=mixing)
     assert [len(images) for images in seen] == mixed
     # No mixture is a picture of the data, but where it has met itself.
     for images in seen:
