@@ -216,10 +216,7 @@ class Stages:
         return evaluate
 
     def _finetune(self, count: int) -> Part:
-        """Distillation from the clean network on frozen statistics; one neuron in fifty held at zero.
-
-        Pictures are not mixed, which is no work beside the teacher's answers to all of them.
-        """
+        """Distillation from the clean network on frozen statistics; one neuron in fifty held at zero."""
         net, teacher = self._copy(self.model), self._copy(self.model).requires_grad_(False)
         keep = torch.arange(len(self.magnitude), device=self.device) % 50 != 0
         weights = [site_parameter(net, site.path, site.parameter)[1] for site in self.sites]
@@ -238,8 +235,7 @@ class Stages:
             with autocast(self.dtype, self.device):
                 with torch.no_grad():
                     soft = logits_of(teacher(images))
-                weight = torch.full((len(labels),), self.config.distillation, device=labels.device)
-                return repair_loss(logits_of(net(images)), soft, labels, weight)
+                return repair_loss(logits_of(net(images)), soft, labels, self.config.distillation)
 
         run: Loss = torch.compile(loss_of) if self.compiled else loss_of
 

@@ -41,18 +41,16 @@ def pull(suppressed_logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(suppressed_logits.float(), target.expand(len(suppressed_logits)))
 
 
-def repair_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, distillation: Tensor) -> Tensor:
+def repair_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, distillation: float) -> Tensor:
     """Loss of fine-tuning: (1 - d) cross-entropy + d T^2 KL(teacher || model) at temperature T = 2 (arXiv 1503.02531).
 
-    logits, teacher_logits: (b, classes) floating; labels: (b,) int64; distillation: (b,) floating, d of each picture.
-    Returns a scalar, the mean over the pictures.
+    logits, teacher_logits: (b, classes) floating; labels: (b,) int64. Returns a scalar.
     """
     logits, teacher_logits = logits.float(), teacher_logits.float()
     soft = F.kl_div(
         F.log_softmax(logits / _TEMPERATURE, 1),
         F.log_softmax(teacher_logits / _TEMPERATURE, 1),
-        reduction="none",
+        reduction="batchmean",
         log_target=True,
-    ).sum(1)
-    hard = F.cross_entropy(logits, labels, reduction="none")
-    return ((1 - distillation) * hard + distillation * _TEMPERATURE**2 * soft).mean()
+    )
+    return (1 - distillation) * F.cross_entropy(logits, labels) + distillation * _TEMPERATURE**2 * soft

@@ -26,7 +26,6 @@ _MOMENTUM = 0.9
 _CLIP = 1.0
 _HALF_SUPPRESSED = 0.6
 _PERTURBATION_STEP = 0.2  # of the size; they begin at half of that
-_MIXED = 0.5  # of the pictures of a batch of fine-tuning
 _WINDOW = 512
 """Pictures over which suppression judges its own pace, so that it does not depend on the size of the defence set."""
 
@@ -246,8 +245,6 @@ def finetune_(
     generator: torch.Generator,
     progress: Progress,
     how: Execution = MODULES,
-    *,
-    mixing: bool = False,
 ) -> Trace:
     """Fine-tune a pruned model in place on clean pictures, BatchNorm statistics frozen, pruned neurons held at zero.
 
@@ -255,8 +252,6 @@ def finetune_(
     (distillation at temperature 2, Hinton et al., arXiv 1503.02531): on clean pictures its backdoor is silent, and its
     soft answers bring back 1 to 2 points of accuracy that labels alone do not. SGD with momentum, cosine annealing and
     clipped gradients: without clipping accuracy swung by 15 points between neighbouring prune sets (docs/decisions.md).
-    With ``mixing`` half of a batch is mixed with other pictures and has the teacher's answers alone: some hundred
-    pictures are few, and mixtures are more of them (mixup, Zhang et al., arXiv 1710.09412).
     A share of the pictures of every batch has a random one of the perturbations, as `perturb` gives them, added, scaled
     by a random number from 0 to 1: without, fine-tuning brings part of the backdoor back. keep: (neurons,) bool.
     """
@@ -269,24 +264,18 @@ def finetune_(
     device = keep.device
     trace = Trace()
     progress.stage("fine-tune", config.finetune_epochs)
-    numbered, right = DefenceSet(data.images, torch.arange(len(data))), data.labels.to(device)
-    ones = torch.ones(len(keep), device=device)
-    with masked(model, (), None, how=how), masked(teacher, sites, ones, how=how):
+    with masked(teacher, sites, torch.ones(len(keep), device=device), how=how):
         # Once: the same pictures come again in every pass, and asking in every step was a quarter of the time.
         answers = predict(teacher, data, config.batch_size, device).to(device)
+    numbered, right = DefenceSet(data.images, torch.arange(len(data))), data.labels.to(device)
+    with masked(model, (), None, how=how):
         for _ in range(config.finetune_epochs):
             readings = _Readings()
             for images, rows in numbered.batches(_half_batch(config), generator, device):
-                labels, soft = right[rows], answers[rows]
-                weight = torch.full((len(rows),), config.distillation, device=device)
-                if mixed := round(_MIXED * len(rows)) if mixing else 0:
-                    images[-mixed:] = _mixed(images, mixed, generator)
-                    with torch.no_grad():
-                        soft[-mixed:] = logits_of(teacher(images[-mixed:])).float()
-                    weight[-mixed:] = 1.0
+                labels = right[rows]
                 add_perturbations_(images, perturbations, config.perturbed_pictures, generator)
                 logits = logits_of(model(images))
-                loss = repair_loss(logits, soft, labels, weight)
+                loss = repair_loss(logits, answers[rows], labels, config.distillation)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
@@ -298,13 +287,6 @@ def finetune_(
                 values.append(value)
             progress.update(1, loss=trace.loss[-1], accuracy=trace.accuracy[-1])
     return trace
-
-
-def _mixed(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """The last ``count`` of the images, each with a random one of all in the lesser share, drawn on the CPU."""
-    partners = torch.randint(len(images), (count,), generator=generator).to(images.device)
-    share = (torch.rand(count, generator=generator) / 2).to(images.device).view(-1, *[1] * (images.dim() - 1))
-    return torch.lerp(images[-count:], images[partners], share)
 
 
 def add_perturbations_(images: Tensor, perturbations: Tensor, share: float, generator: torch.Generator) -> None:

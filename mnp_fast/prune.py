@@ -74,7 +74,7 @@ def prune(
         mask, order = run.learn_masks(suppressed, perturbations)
         del suppressed
         selection = run.select(mask, order, target is not None)
-        repaired = run.repair(selection, perturbations, target is not None)
+        repaired = run.repair(selection, perturbations)
     return run.result(evidence, mask, selection, repaired, triggered)
 
 
@@ -281,7 +281,7 @@ class _Run:
             entry |= {"low": chosen.low, "pruned": chosen.pruned}
         return chosen
 
-    def repair(self, chosen: Selection, perturbations: Tensor, suspected: bool) -> nn.Module:
+    def repair(self, chosen: Selection, perturbations: Tensor) -> nn.Module:
         """A pruned and fine-tuned copy, in the precision, on the device and with the flags of the caller's model."""
         repaired = copy.deepcopy(self.model).eval()
         if not chosen.pruned and not self.config.finetune_epochs:
@@ -301,8 +301,6 @@ class _Run:
                     self.generator,
                     self.bar,
                     self.how,
-                    # A suspected model is no teacher to learn more from (docs/decisions.md).
-                    mixing=not suspected,
                 )
                 entry |= _ends(trace)
         repaired.load_state_dict(working.state_dict())

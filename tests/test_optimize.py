@@ -392,34 +392,6 @@ def test_what_distillation_learns_from(known: nn.Module, distillation: float, sa
     assert torch.equal(*weights) == same
 
 
-@pytest.mark.parametrize(("mixing", "mixed"), [(True, [10, 10, 8]), (False, [])])
-def test_half_of_a_batch_is_mixed_for_the_teacher(
-    known: nn.Module, monkeypatch: pytest.MonkeyPatch, mixing: bool, mixed: list[int]
-) -> None:
-    data = quadrants(56)
-    model, sites, keep = pruned(known, data)
-    teacher, seen = copy.deepcopy(known), []
-    monkeypatch.setattr(optimize, "predict", lambda *_: torch.zeros(56, 4))  # what it is asked once
-    teacher.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    config = PruneConfig(batch_size=40, finetune_epochs=1)
-    finetune_(model, teacher, sites, keep, NONE, data, config, seeded(), QUIET, mixing=mixing)
-    assert [len(images) for images in seen] == mixed
-    # No mixture is a picture of the data, but where it has met itself.
-    for images in seen:
-        apart = torch.cdist(images.flatten(1), data.images.flatten(1)).amin(1)
-        assert int((apart > 1e-4).sum()) >= len(images) - 2
-
-
-def test_mixtures_are_of_two_pictures_their_own_the_greater_share() -> None:
-    images = torch.eye(12).view(12, 1, 3, 4)
-    found = optimize._mixed(images, 7, seeded()).flatten(1)
-    torch.testing.assert_close(found.sum(1), torch.ones(7))
-    assert bool(((found > 0).sum(1) <= 2).all())
-    assert bool((found[range(7), range(5, 12)] >= 0.5).all())
-    assert bool((found.amax(1) < 1).any())
-    assert torch.equal(images, torch.eye(12).view(12, 1, 3, 4))
-
-
 def test_no_epochs_no_change(known: nn.Module) -> None:
     data = quadrants()
     model, sites, keep = pruned(known, data)
