@@ -4,7 +4,8 @@
 
 tuned_eager is the same in plain torch, torch_compile (with --compile) torch.compile of that. The bytes of an op are
 what it has to read and write once, twice where statistics come first; "of copy" compares with `copy_` of a tensor whose
-reading and writing move as many bytes, measured in turns with the op. Values and gradients are compared with float64
+reading and writing move as many bytes, measured in turns with the op. On CUDA all are replayed as graphs, as a run does
+it: launching a call from Python takes longer than most of these kernels. Values and gradients are compared with float64
 before anything is timed; the exit status is 1 where one does not match. An op that this version lacks is left out.
 """
 
@@ -27,6 +28,7 @@ from benchmarks.tables import console, number, ratio, table, verdict
 from benchmarks.timing import elapsed_ms, interleaved, summary
 from mnp_fast import ops
 from mnp_fast.memory import kept
+from mnp_fast.replay import Recorder
 
 Row = dict[str, Any]
 Function = Callable[..., Any]
@@ -289,9 +291,9 @@ def measure(case: Case, device: torch.device, repeats: int, *, compiled: bool = 
         moved = case.moved or passes * size
         # Written to first: memory that nobody has touched is one page of zeros, and a copy of it reads nothing.
         source, target = (torch.full((moved // 2,), i, dtype=torch.uint8, device=device) for i in range(2))
-        calls: dict[str, Callable[[], Any]] = {"copy": partial(target.copy_, source)}
+        calls: dict[str, Callable[[], Any]] = {"copy": _replayed(lambda: partial(target.copy_, source), device)}
         for name, function in functions.items():
-            calls[name] = _call(case, function, arguments, direction)
+            calls[name] = _replayed(partial(_call, case, function, arguments, direction), device)
         # As in a run: freed memory is kept, or results beyond 32 MB cost fresh pages, five times the op itself.
         with kept():
             times = interleaved(calls, repeats, device, sample_ms=SAMPLE_MS)
@@ -325,6 +327,18 @@ def _call(case: Case, function: Function, arguments: list[Any], direction: str) 
             function(*plain, **case.options)
 
     return forward
+
+
+def _replayed(make: Callable[[], Callable[[], Any]], device: torch.device) -> Callable[[], Any]:
+    """The call that ``make`` gives, on CUDA as a replay of its graph."""
+    if device.type != "cuda":
+        return make()
+    recorder = Recorder(device)
+    # What a backward starts from has to come from the stream that is captured.
+    with recorder.beside():
+        call = make()
+        replay, _ = recorder.record(lambda: (call(),))
+    return replay
 
 
 def _fresh(case: Case, arguments: list[Any]) -> list[Any]:

@@ -79,23 +79,20 @@ def magnitude_kernel(
     mine = program - tl.load(entry + 4)
     data = address.to(tl.pointer_type(DTYPE))
     # Only where it is known that addresses are multiples of 16 does the compiler read 16 bytes at once.
-    wide = (address % 16 == 0) & (length % 16 == 0)
-    if length <= SHORT:
-        begin = mine * (TILE // SHORT)
-        if wide:
+    if (address % 16 == 0) & (length % 16 == 0):
+        # Values of their own: a hint stays with its value in the other branch too.
+        data16 = tl.multiple_of((address // 16 * 16).to(tl.pointer_type(DTYPE)), 16)
+        length16 = length // 16 * 16
+        if length <= SHORT:
             tile_rows(
-                tl.multiple_of(data, 16), out, total, begin, first, rows, tl.multiple_of(length, 16),
-                TILE // SHORT, SHORT,
+                data16, out, total, mine * (TILE // SHORT), first, rows, length16, TILE // SHORT, SHORT
             )  # fmt: skip
         else:
-            tile_rows(data, out, total, begin, first, rows, length, TILE // SHORT, SHORT)
+            tile_rows(data16, out, total, mine, first, rows, length16, 1, TILE)
+    elif length <= SHORT:
+        tile_rows(data, out, total, mine * (TILE // SHORT), first, rows, length, TILE // SHORT, SHORT)
     else:
-        if wide:
-            tile_rows(
-                tl.multiple_of(data, 16), out, total, mine, first, rows, tl.multiple_of(length, 16), 1, TILE
-            )  # fmt: skip
-        else:
-            tile_rows(data, out, total, mine, first, rows, length, 1, TILE)
+        tile_rows(data, out, total, mine, first, rows, length, 1, TILE)
 
 
 def forward(weights: list[Tensor]) -> Tensor:
