@@ -6,7 +6,8 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ def environment(device: str | None = None, threads: Sequence[int] | None = None)
         found["cuda"] = torch.version.cuda
     found |= {name: version for name in _PACKAGES if (version := _version(name))}
     return found | {"python": platform.python_version(), "system": platform.system()}
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Inside, no convolution of float32 is computed in TF32, which is what a GPU does where nobody forbids it."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def same_environment(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

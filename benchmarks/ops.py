@@ -185,8 +185,8 @@ def _eager_affine(
     *,
     act: str,
 ) -> Tensor:
-    # scale and center stand for gamma / sqrt(var + eps) and the running mean: eps 0 and a variance of 1.
-    y = F.batch_norm(x, center, torch.ones_like(center), mask * scale, shift, False, 0.0, 0.0)
+    # scale and center stand for gamma / sqrt(var + eps) and the running mean: var + eps is 1.
+    y = F.batch_norm(x, center, torch.full_like(center, 1.0 - EPS), mask * scale, shift, False, 0.0, EPS)
     y = y if residual is None else y + residual
     return F.relu(y) if act == "relu" else y
 
@@ -291,7 +291,7 @@ def measure(case: Case, device: torch.device, repeats: int, *, compiled: bool = 
         moved = case.moved or passes * size
         # Written to first: memory that nobody has touched is one page of zeros, and a copy of it reads nothing.
         source, target = (torch.full((moved // 2,), i, dtype=torch.uint8, device=device) for i in range(2))
-        calls: dict[str, Callable[[], Any]] = {"copy": _replayed(lambda: partial(target.copy_, source), device)}
+        calls: dict[str, Callable[[], Any]] = {"copy": _replayed(partial(partial, target.copy_, source), device)}
         for name, function in functions.items():
             calls[name] = _replayed(partial(_call, case, function, arguments, direction), device)
         # As in a run: freed memory is kept, or results beyond 32 MB cost fresh pages, five times the op itself.
@@ -338,7 +338,12 @@ def _replayed(make: Callable[[], Callable[[], Any]], device: torch.device) -> Ca
     with recorder.beside():
         call = make()
         replay, _ = recorder.record(lambda: (call(),))
-    return replay
+    return partial(_again, replay, call)
+
+
+def _again(replay: Callable[[], Any], call: Callable[[], Any]) -> None:
+    """call: holds what the graph reads."""
+    replay()
 
 
 def _fresh(case: Case, arguments: list[Any]) -> list[Any]:

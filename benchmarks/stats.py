@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import options, results_file
-from benchmarks.environment import environment
+from benchmarks.environment import environment, whole_float32
 from benchmarks.layers import reference, rewrite
 from benchmarks.memory import peak_mb
 from benchmarks.models import Workload, workload
@@ -67,12 +67,13 @@ def main() -> int:
     for arch in args.arch or ["resnet18"]:
         work = workload(arch, args.batch, device, args.size)
         rows = []
-        for part in measure(work, args.neurons, args.repeats):
-            rows += part
-            # At once: the next statistic may run for many minutes.
-            if args.json:
-                used = environment(args.device, [args.threads])
-                out.print(f"{part[0]['quantity']} written to {results_file.save(args.json, 'stats', used, part)}")
+        with whole_float32():
+            for part in measure(work, args.neurons, args.repeats):
+                rows += part
+                # At once: the next statistic may run for many minutes.
+                if args.json:
+                    used = environment(args.device, [args.threads])
+                    out.print(f"{part[0]['quantity']} written to {results_file.save(args.json, 'stats', used, part)}")
         if rows:
             out.print(show(rows))
         for name in missing():

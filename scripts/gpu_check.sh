@@ -13,8 +13,8 @@ mkdir -p "$OUT"
 OUT=$(realpath "$OUT")
 PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
 export PYTHONUNBUFFERED=1 MNP_FAST_CUDA=on OMP_WAIT_POLICY=passive
-failed=0
 : >"$OUT/summary.txt"
+rm -f "$OUT"/*.rc
 
 # step NAME SECONDS COMMAND...
 step() {
@@ -23,7 +23,6 @@ step() {
   timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
   rc=$?
   echo "$rc" >"$OUT/$name.rc"
-  [ "$rc" -eq 0 ] || failed=$((failed + 1))
   printf '%-12s rc %-3s %4s s   %s\n' "$name" "$rc" "$((SECONDS - start))" \
     "$(tail -n 1 "$OUT/$name.log" | cut -c1-150)" | tee -a "$OUT/summary.txt"
 }
@@ -62,7 +61,25 @@ build() {
     cmake --build build/native
 }
 
-gpu_tests() { "$PYTHON" -m pytest -m gpu -rfE --durations=10 tests; }
+# A kernel that faults takes all later tests of its process with it: a process for every backend of every file.
+gpu_tests() {
+  local folder file backend job failed=0
+  folder=$(mktemp -d)
+  local pytest=("$PYTHON" -m pytest -p no:cacheprovider -m gpu -rfE --durations=5)
+  for file in $(grep -l provider tests/ops/test_*.py); do
+    for backend in cuda triton reference; do
+      "${pytest[@]}" -k "gpu-$backend" "$file" >"$folder/$(basename "$file" .py)-$backend" 2>&1 &
+    done
+  done
+  "${pytest[@]}" -k "not (gpu-cuda or gpu-triton or gpu-reference)" tests >"$folder/others" 2>&1 &
+  # 5: no test of that name.
+  for job in $(jobs -p); do
+    wait "$job" || [ $? -eq 5 ] || failed=1
+  done
+  tail -n +1 "$folder"/*
+  tail -qn 1 "$folder"/*
+  return "$failed"
+}
 
 # Without torch's cache every tensor is an allocation of its own, at whose end the checker stands.
 sanitize() {
@@ -78,17 +95,20 @@ step machine 40 bash -c machine
 step build 150 bash -c build
 step diagnosis 40 "$PYTHON" -m mnp_fast
 if [ "${1:-check}" = bench ]; then
-  step ops 120 "$PYTHON" -m benchmarks.ops --device cuda --json "$OUT/ops.json"
+  step ops 150 "$PYTHON" -m benchmarks.ops --device cuda --batch 64 --json "$OUT/ops.json"
   step resnet50 130 "$PYTHON" -m benchmarks.step --device cuda --arch resnet50 --batch 64 --json "$OUT/step.json"
   step resnet18 90 "$PYTHON" -m benchmarks.step --device cuda --arch resnet18 --size 32 --batch 128 --json "$OUT/step.json"
   step vit 130 "$PYTHON" -m benchmarks.step --device cuda --arch timm/vit_base_patch16_224 --batch 64 \
     --json "$OUT/step.json"
   step stats 60 "$PYTHON" -m benchmarks.stats --device cuda --arch resnet50 --batch 8 --json "$OUT/stats.json"
 else
-  step gpu_tests 150 bash -c gpu_tests
-  step memcheck 90 bash -c "sanitize memcheck 'matches and gpu-cuda'"
-  step racecheck 60 bash -c "sanitize racecheck 'matches and gpu-cuda-torch.float32'"
+  # Side by side: none of them is timed.
+  step gpu_tests 240 bash -c gpu_tests &
+  step memcheck 240 bash -c "sanitize memcheck 'matches and gpu-cuda'" &
+  step racecheck 240 bash -c "sanitize racecheck 'matches and gpu-cuda-torch.float32'" &
+  wait
 fi
+failed=$(grep -Lx 0 "$OUT"/*.rc | wc -l)
 
 echo "failed steps: $failed" | tee -a "$OUT/summary.txt"
 exit "$failed"

@@ -51,7 +51,9 @@ class Normalise:
     std: tuple[float, ...]
 
     def __call__(self, images: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        # Made on the CPU, so that a GPU need not wait.
+        mean, std = (values.to(images.device, non_blocking=True) for values in (mean, std))
         return (images - mean) / std
 
 
@@ -124,9 +126,9 @@ def bind(model: nn.Module, attack: Attack | None, info: Mapping[str, Any]) -> Ca
 def measure(case: Case, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float | None, float | None]:
     """ACC, ASR and robust accuracy of `model` (the case's own or a repaired one) on test pictures.
 
-    images: uint8 (n, 3, h, w); labels: int64 (n,). ASR and robust accuracy are over the triggered pictures whose label
-    is not what the attacker wants: the share that gets the attacker's label, and the share that gets its own. Both are
-    None for a clean case.
+    images: uint8 (n, 3, h, w); labels: int64 (n,); where the model is. ASR and robust accuracy are over the triggered
+    pictures whose label is not what the attacker wants: the share that gets the attacker's label, and the share that
+    gets its own. Both are None for a clean case.
     """
     pictures = images.float() / 255
     accuracy = _share(_predict(case, model, pictures) == labels)

@@ -35,6 +35,7 @@ from benchmarks.defense.baselines import ABLATIONS, METHODS
 from benchmarks.defense.baselines.common import Repair
 from benchmarks.defense.case import Case
 from benchmarks.environment import environment
+from benchmarks.options import device_of
 from mnp_fast import MnpFastError, PruneConfig
 from mnp_fast.data import DefenceSet
 from mnp_fast.masked import prune_
@@ -120,6 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", nargs="+", type=int, default=[500], help="of the defence set (default: 500)")
     parser.add_argument("--shift", choices=SHIFTS, default="none", help="change of the defence pictures")
     parser.add_argument("--test", type=int, default=2000, help="test pictures (default: 2000)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--oracle", action="store_true", help="measure the count that the test pictures would pick too")
     parser.add_argument("--config", nargs="+", default=[], metavar="FIELD=VALUE", help="other than the defaults")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="rows are added to FILE")
@@ -129,6 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run what is missing. SystemExit where a defence refused a network, after all others have run."""
+    device = device_of(args)
     source: Source = zoo.read(args.zoo) if args.zoo else Folder(args.models, dict(_pairs(args.data)))
     names = source.names()
     if unknown := sorted(set(args.cases or ()) - set(names)):
@@ -144,6 +147,8 @@ def main(args: argparse.Namespace) -> None:
         if case is None or job.case != name:
             name, case = job.case, source.case(job.case)
             twin = source.twin(case)
+            for model in filter(None, (case.model, twin)):
+                model.to(device)
         try:
             row = measure(case, source.pictures(case.data), job, PruneConfig(**overrides), twin, oracle=args.oracle)
         except MnpFastError as error:
@@ -151,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
             print(refused[-1], file=sys.stderr, flush=True)
             continue
         print(json.dumps(row), flush=True)
-        append(args.json, row)
+        append(args.json, row, args.device)
     if refused:
         raise SystemExit(f"{len(refused)} repairs failed and have no row")
 
@@ -196,16 +201,17 @@ def measure(
     *,
     oracle: bool,
 ) -> Row:
-    """One repair: what it found, and how the network does on test pictures before and after.
+    """One repair: what it found, and how the network does on test pictures before and after, all where the network is.
 
-    twin: a clean network, whose ASR (asr_clean) says what the trigger does where there is no backdoor.
+    twin: a clean network there too, whose ASR (asr_clean) says what the trigger does where there is no backdoor.
     """
     train_images, train_labels, test_images, test_labels = data
+    device = next(case.model.parameters()).device
     pick = drawn(len(train_labels), job.pictures, 1000 + job.seed)
     clean = shifted(train_images[pick], job.shift)
-    defence = DefenceSet(case.preprocess(clean.float() / 255), train_labels[pick])
+    defence = DefenceSet(case.preprocess(clean.to(device).float() / 255), train_labels[pick])
     part = drawn(len(test_labels), job.test, 0)
-    test = (test_images[part], test_labels[part])
+    test = (test_images[part].to(device), test_labels[part].to(device))
     repair = (METHODS | ABLATIONS)[job.method](case.model, defence, job.seed, config)
     before, after = (cases.measure(case, model, *test) for model in (case.model, repair.model))
     row: Row = job._asdict() | {"config": json.loads(job.config)}
@@ -297,10 +303,10 @@ def key(row: Row) -> Job:
     return Job(**{name: row[name] for name in Job._fields} | {"config": json.dumps(row["config"], sort_keys=True)})
 
 
-def append(file: Path, row: Row) -> None:
+def append(file: Path, row: Row, device: str = "cpu") -> None:
     """Add a row in place of one of the same job; whole or not at all, also where other processes add theirs."""
     with _alone(file):
-        results_file.save(file, "defense", environment("cpu"), [row])
+        results_file.save(file, "defense", environment(device), [row])
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from benchmarks.defense.attacks import ATTACKS, Attack, make
 from benchmarks.defense.case import CLEAN, Normalise, bind, case_name, load, measure, save
 from benchmarks.defense.pictures import FORMS, Pictures
 from benchmarks.defense.pictures import load as load_pictures
+from benchmarks.options import device_of
 
 BATCH = 128
 PAD = 4
@@ -43,17 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-limit", type=int, default=2000, help="test pictures (default: 2000)")
     parser.add_argument("--flip", action="store_true", help="flip pictures at random; never for signs and digits")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
 def main(args: argparse.Namespace) -> None:
     """Train what is not there yet, and print ACC, ASR and robust accuracy of each."""
+    device = device_of(args)
     torch.set_num_threads(args.threads)
     pictures = load_pictures(args.data, limit=args.limit, test_limit=args.test_limit, size=args.size)
     if not 0 <= args.target < pictures.classes:
         raise SystemExit(f"--target {args.target}: the classes are 0 to {pictures.classes - 1}")
-    job = Job(pictures, args.name or args.data.stem, args.out, args.epochs, args.seed, args.flip)
+    job = Job(pictures, args.name or args.data.stem, args.out, args.epochs, args.seed, args.flip, device.type)
     for network in args.networks:
         for name in args.attacks:
             if name == CLEAN:
@@ -68,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What the trainings of one call share. name: of the pictures."""
+    """What the trainings of one call share. name: of the pictures. device: where they run; files are on the CPU."""
 
     pictures: Pictures
     name: str
@@ -76,10 +79,11 @@ class Job:
     epochs: int
     seed: int
     flip: bool = False
+    device: str = "cpu"
 
     def clean(self, network: str) -> nn.Module:
         """The clean network of this kind, trained where DIR does not have it."""
-        return load(self.case(network, CLEAN, None)).model
+        return load(self.case(network, CLEAN, None)).model.to(self.device)
 
     def case(self, network: str, attack_name: str, attack: Attack | None) -> Path:
         """Train a network, measure it, save it; returns its file, which is left alone where it is there."""
@@ -92,13 +96,14 @@ class Job:
         normalise = _normalise(self.pictures.train_images)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            model = networks.build(network, self.pictures.classes)
+            model = networks.build(network, self.pictures.classes).to(self.device)
             self._train(model, network, attack, clean, normalise)
         info: dict[str, Any] = {"name": name, "network": network, "data": self.name, "attack": attack_name}
         info |= {"classes": self.pictures.classes, "mean": normalise.mean, "std": normalise.std}
         info |= {"seed": self.seed, "epochs": self.epochs, "pictures": len(self.pictures.train_labels)}
         case = bind(model, attack, info)
-        figures = measure(case, model, self.pictures.test_images, self.pictures.test_labels)
+        test = (part.to(self.device) for part in (self.pictures.test_images, self.pictures.test_labels))
+        figures = measure(case, model, *test)
         info |= dict(zip(("acc", "asr", "robust_acc"), figures, strict=True))
         info["seconds"] = round(time.perf_counter() - start, 1)
         shown = "  ".join(f"{key} {info[key]:.3f}" for key in ("acc", "asr", "robust_acc") if info[key] is not None)
@@ -108,7 +113,7 @@ class Job:
     def _train(
         self, model: nn.Module, network: str, attack: Attack | None, clean: nn.Module | None, normalise: Normalise
     ) -> None:
-        images, labels = self.pictures.train_images, self.pictures.train_labels
+        images, labels = self.pictures.train_images.to(self.device), self.pictures.train_labels
         marks = torch.zeros_like(labels, dtype=torch.uint8)
         if attack:
             generator = torch.Generator().manual_seed(self.seed)
@@ -119,16 +124,19 @@ class Job:
             if clean and attack.starts_clean:
                 model.load_state_dict(clean.state_dict())
             attack.begin(model)
+        answers = labels.to(self.device)
         model.train()
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizers = _optimizers(model, network, attack)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizers[0], self._schedule)
+        # Nothing here waits for the device: what is drawn on the CPU is sent after what is under way.
         for rows in self._batches(len(labels)):
-            batch = augment(images[rows], self.flip).float() / 255
-            wanted = labels[rows]
+            there = rows.to(self.device, non_blocking=True)
+            batch = augment(images[there], self.flip).float() / 255
+            wanted = answers[there]
             if attack:
                 batch, wanted = attack.poison(batch, wanted, marks[rows])
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device, torch.bfloat16):
                 logits = model(normalise(batch).contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), wanted)
             penalty = attack.penalty(model) if attack else None
@@ -170,14 +178,18 @@ class Surrogate(nn.Module):
 
 
 def augment(images: Tensor, flip: bool) -> Tensor:
-    """Pictures (b, 3, h, w), each shifted by up to PAD pixels, black beyond; with `flip`, half of them mirrored."""
+    """Pictures (b, 3, h, w), each shifted by up to PAD pixels, black beyond; with `flip`, half of them mirrored.
+
+    Drawn on the CPU, wherever the pictures are.
+    """
     batch, _, height, width = images.shape
     down, across = torch.randint(2 * PAD + 1, (2, batch, 1))
     rows, columns = down + torch.arange(height), across + torch.arange(width)
     if flip:
         columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
+    places = (torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None])
     padded = F.pad(images, (PAD, PAD, PAD, PAD)).permute(0, 2, 3, 1)
-    return padded[torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    return padded[tuple(place.to(images.device, non_blocking=True) for place in places)].permute(0, 3, 1, 2)
 
 
 def _optimizers(model: nn.Module, network: str, attack: Attack | None) -> Sequence[torch.optim.Optimizer]:

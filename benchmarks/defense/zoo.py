@@ -40,8 +40,10 @@ class Zoo:
             data=found.dataset,
             attack=CLEAN if found.trigger is None else last or name,
             network=last if first == CLEAN else first,
-            preprocess=lambda pictures: found.preprocess(_uint8(pictures)),
-            trigger=None if found.trigger is None else lambda pictures: _floats(found.trigger(_uint8(pictures))),
+            preprocess=lambda pictures: found.preprocess(_uint8(pictures)).to(pictures.device),
+            trigger=None
+            if found.trigger is None
+            else lambda pictures: _floats(found.trigger(_uint8(pictures))).to(pictures.device),
             attacked_labels=_towards(found.target),
             target=found.target,
         )
@@ -81,7 +83,7 @@ def _towards(target: int | None) -> Callable[[Tensor], Tensor]:
 
 def _uint8(pictures: Tensor) -> Any:
     """[0, 1] (b, 3, h, w) as uint8 NHWC, exact for pictures in steps of 1/255."""
-    return (pictures * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return (pictures * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _floats(pictures: Any) -> Tensor:

@@ -153,25 +153,13 @@ int launch(const MnpChannelMagnitude& p) {
   return cudaSuccess;
 }
 
-template <class T>
-int typed(const MnpChannelMagnitude& p) {
-  return p.count <= kSmallTable ? launch<T, kSmallTable>(p) : launch<T, kLargeTable>(p);
-}
-
 }  // namespace
 }  // namespace mnp_fast::cuda
 
 extern "C" int mnp_channel_magnitude(const MnpChannelMagnitude* p) {
   using namespace mnp_fast::cuda;
-  const DeviceScope scope(p->device);
-  if (scope.status() != cudaSuccess) return scope.status();
-  switch (p->dtype) {
-    case kMnpFloat32:
-      return typed<float>(*p);
-    case kMnpBFloat16:
-      return typed<__nv_bfloat16>(*p);
-    case kMnpFloat16:
-      return typed<__half>(*p);
-  }
-  return cudaErrorInvalidValue;
+  return typed(*p, [&](auto number) {
+    using T = decltype(number);
+    return p->count <= kSmallTable ? launch<T, kSmallTable>(*p) : launch<T, kLargeTable>(*p);
+  });
 }

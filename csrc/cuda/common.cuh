@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "cuda/launch.h"
+
 namespace mnp_fast::cuda {
 
 inline constexpr int kWarp = 32;
@@ -77,5 +79,21 @@ class DeviceScope {
   bool changed_ = false;
   cudaError_t status_;
 };
+
+// run(a number of the op's dtype), whose code it returns, on the op's device.
+template <class Op, class Run>
+int typed(const Op& p, Run run) {
+  const DeviceScope scope(p.device);
+  if (scope.status() != cudaSuccess) return scope.status();
+  switch (p.dtype) {
+    case kMnpFloat32:
+      return run(float{});
+    case kMnpBFloat16:
+      return run(__nv_bfloat16{});
+    case kMnpFloat16:
+      return run(__half{});
+  }
+  return cudaErrorInvalidValue;
+}
 
 }  // namespace mnp_fast::cuda

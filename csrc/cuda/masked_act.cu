@@ -1,11 +1,9 @@
 // Bytes moved for each number of x, e bytes wide: forward 2e, backward 3e (grad, x, grad_x); the sums add 4 bytes for
 // each sample and channel. The aim is to be bound by memory: with 2-byte numbers that leaves about 20 instructions a
 // number on an A100, 35 on an H100, so exp is ex2 and erf a polynomial of 10 steps.
-//
-// Threads go through memory as those of masked_affine do.
 #include "act.h"
+#include "cuda/loops.cuh"
 #include "cuda/masked_act.h"
-#include "cuda/rows.cuh"
 
 namespace mnp_fast::cuda {
 namespace {
@@ -58,237 +56,82 @@ __device__ __forceinline__ Value value_of(float x) {
   }
 }
 
-// --- Forward
-// Channels outside, or inside where accesses cannot be wide: every thread takes V numbers in a row, of one channel each
-// `s` numbers.
-template <Act kAct, class T, int V, class Index>
-__global__ void __launch_bounds__(kThreads) forward_line(MnpActForward p, Index s, Index total) {
-  const T* x = static_cast<const T*>(p.x);
-  T* y = static_cast<T*>(p.y);
-  const Index channels = static_cast<Index>(p.act.c);
-  const Index start = (static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x) * V;
-  if (start >= total) return;
-  const bool one_channel = s % V == 0;
-  const float first = p.act.mask[start / s % channels];
-  const auto result = [&](Index i, T number) {
-    const float m = one_channel ? first : p.act.mask[i / s % channels];
-    return narrow<T>(m * value_of<kAct>(widen(number)).act);
-  };
-  if (total - start >= V) {
-    const Pack<T, V> in = load<T, V>(x + start);
+template <Act kAct, class T>
+struct Forward {
+  using Number = T;
+  static constexpr int kInFlight = 4;
+  const float* mask;
+  const T* x;
+  T* y;
+
+  __device__ float channel(int64_t c) const { return mask[c]; }
+
+  template <int V>
+  __device__ __forceinline__ Pack<T, V> read(int64_t i) const {
+    return load<T, V>(x + i);
+  }
+
+  template <int V, class At>
+  __device__ __forceinline__ void write(int64_t i, const Pack<T, V>& found, At at) const {
     Pack<T, V> out;
 #pragma unroll
-    for (int i = 0; i < V; ++i) out.v[i] = result(start + i, in.v[i]);
-    store<T, V>(y + start, out);
-  } else {
-    for (Index i = start; i < total; ++i) y[i] = result(i, x[i]);
+    for (int k = 0; k < V; ++k) out.v[k] = narrow<T>(at(k) * value_of<kAct>(widen(found.v[k])).act);
+    store<T, V>(y + i, out);
   }
-}
-
-// Channels inside: a thread owns V channels of kRowsPerThread rows; V divides the channels.
-template <Act kAct, class T, int V>
-__global__ void __launch_bounds__(kThreads) forward_columns(MnpActForward p, int64_t rows) {
-  const int64_t channels = p.act.c;
-  const int64_t c = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * V;
-  if (c >= channels) return;
-  const T* x = static_cast<const T*>(p.x) + c;
-  T* y = static_cast<T*>(p.y) + c;
-  float mask[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) mask[i] = p.act.mask[c + i];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * kRowsPerThread + threadIdx.y;
-#pragma unroll 4
-  for (int k = 0; k < kRowsPerThread; ++k) {
-    const int64_t row = first + static_cast<int64_t>(k) * blockDim.y;
-    if (row >= rows) break;
-    const Pack<T, V> in = load<T, V>(x + row * channels);
-    Pack<T, V> out;
-#pragma unroll
-    for (int i = 0; i < V; ++i) out.v[i] = narrow<T>(mask[i] * value_of<kAct>(widen(in.v[i])).act);
-    store<T, V>(y + row * channels, out);
-  }
-}
-
-// --- Backward
-template <class T>
-struct Streams {
-  const T *grad, *x;
-  T* grad_x;
-  __device__ explicit Streams(const MnpActBackward& p)
-      : grad(static_cast<const T*>(p.grad)), x(static_cast<const T*>(p.x)), grad_x(static_cast<T*>(p.grad_x)) {}
 };
 
-// V numbers at offset i, number k under mask[k * kStep]: kStep 0 for one channel, 1 for neighbours.
-template <Act kAct, int V, int kStep, class T>
-__device__ __forceinline__ void backward_pack(const Streams<T>& t, int64_t i, const float* mask, float* sums) {
-  const Pack<T, V> grad = load<T, V>(t.grad + i);
-  const Pack<T, V> x = load<T, V>(t.x + i);
-  Pack<T, V> grad_x;
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    const float g = widen(grad.v[k]);
-    const Value value = value_of<kAct>(widen(x.v[k]));
-    grad_x.v[k] = narrow<T>(mask[k * kStep] * (value.slope * g));
-    sums[k * kStep] = fmaf(g, value.act, sums[k * kStep]);
-  }
-  if (t.grad_x != nullptr) store<T, V>(t.grad_x + i, grad_x);
-}
-
-// Channels outside: `kGroup` threads for each plane of s numbers, kGroup a warp or the block.
-template <Act kAct, class T, int V, int kGroup>
-__global__ void __launch_bounds__(kThreads) backward_planes(MnpActBackward p, int64_t planes) {
-  const int lane = threadIdx.x % kGroup;
-  const int64_t plane = static_cast<int64_t>(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
-  // A group leaves as a whole: a warp's shuffles and, where the group is the block, its barrier see every thread.
-  if (plane >= planes) return;
-  const Streams<T> t(p);
-  const float mask = p.act.mask[plane % p.act.c];
-  float sum = 0.0f;
-  for_plane<V, kGroup>(plane * p.act.s, p.act.s, lane, [&](auto width, int64_t i) {
-    backward_pack<kAct, decltype(width)::value, 0>(t, i, &mask, &sum);
-  });
-  sum = warp_sum(sum);
-  if constexpr (kGroup > kWarp) {
-    __shared__ float sums[kGroup / kWarp];
-    if (lane % kWarp == 0) sums[lane / kWarp] = sum;
-    __syncthreads();
-    if (lane == 0) {
-      for (int w = 1; w < kGroup / kWarp; ++w) sum += sums[w];
-    }
-  }
-  if (lane == 0) p.sum_gact[plane] = sum;
-}
-
-// Channels inside: a block takes blockDim.x * V channels of one chunk of a sample's rows, and leaves one sum a channel.
-template <Act kAct, class T, int V>
-__global__ void __launch_bounds__(kThreads)
-    backward_columns(MnpActBackward p, int64_t chunk_rows, int64_t chunks, float* out) {
-  __shared__ float shared[kThreads * V];
-  const Streams<T> t(p);
-  const int64_t channels = p.act.c;
-  const int64_t sample = blockIdx.x / chunks;
-  const int64_t chunk = blockIdx.x - sample * chunks;
-  const int64_t tile = static_cast<int64_t>(blockIdx.y) * blockDim.x * V;
-  const int64_t c = tile + threadIdx.x * V;
-  float sums[V] = {};
-  if (c < channels) {
-    float mask[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) mask[i] = p.act.mask[c + i];
-    const int64_t first = chunk * chunk_rows;
-    const int64_t end = first + chunk_rows < p.act.s ? first + chunk_rows : p.act.s;
-#pragma unroll 2
-    for (int64_t row = first + threadIdx.y; row < end; row += blockDim.y) {
-      backward_pack<kAct, V, 1>(t, (sample * p.act.s + row) * channels + c, mask, sums);
-    }
-  }
-  const int width = blockDim.x * V;
-#pragma unroll
-  for (int i = 0; i < V; ++i) shared[threadIdx.y * width + threadIdx.x * V + i] = sums[i];
-  __syncthreads();
-  for (int column = threadIdx.y * blockDim.x + threadIdx.x; column < width; column += kThreads) {
-    if (tile + column >= channels) continue;
-    float total = 0.0f;
-    for (int row = 0; row < blockDim.y; ++row) total += shared[row * width + column];
-    out[static_cast<int64_t>(blockIdx.x) * channels + tile + column] = total;
-  }
-}
-
-// --- Launches
+// The sum: that of grad*act(x).
 template <Act kAct, class T>
-int forward_typed(const MnpActForward& p) {
-  constexpr int kV = kPerAccess<T>;
-  const auto stream = static_cast<cudaStream_t>(p.act.stream);
-  const int64_t total = p.act.n * p.act.c * p.act.s;
-  const bool wide = aligned(p.x) && aligned(p.y);
-  if (p.act.channels_last && wide && p.act.c % kV == 0) {
-    const int64_t rows = p.act.n * p.act.s, packs = p.act.c / kV;
-    const dim3 block = columns_block(packs);
-    const dim3 grid(static_cast<unsigned int>(ceil_div(rows, static_cast<int64_t>(block.y) * kRowsPerThread)),
-                    static_cast<unsigned int>(ceil_div(packs, block.x)));
-    forward_columns<kAct, T, kV><<<grid, block, 0, stream>>>(p, rows);
-    return cudaGetLastError();
-  }
-  // Channels inside are planes of one number to the kernel that goes through memory in a line.
-  const int64_t s = p.act.channels_last ? 1 : p.act.s;
-  const auto launch = [&](auto width, auto index) {
-    using Index = decltype(index);
-    constexpr int kWidth = decltype(width)::value;
-    const auto blocks = static_cast<unsigned int>(ceil_div(ceil_div(total, kWidth), kThreads));
-    forward_line<kAct, T, kWidth, Index>
-        <<<blocks, kThreads, 0, stream>>>(p, static_cast<Index>(s), static_cast<Index>(total));
+struct Backward {
+  using Number = T;
+  static constexpr int kSums = 1;
+  static constexpr int kInFlight = 2;
+  const float* mask;
+  const T *grad, *x;
+  T* grad_x;
+
+  template <int V>
+  struct Read {
+    Pack<T, V> grad, x;
   };
-  // 32-bit division is several times cheaper; threads reach up to one block beyond the end.
-  const bool small = total < (int64_t{1} << 31);
-  const std::integral_constant<int, kV> packs;
-  const std::integral_constant<int, 1> singles;
-  if (wide) {
-    small ? launch(packs, uint32_t{}) : launch(packs, uint64_t{});
-  } else {
-    small ? launch(singles, uint32_t{}) : launch(singles, uint64_t{});
-  }
-  return cudaGetLastError();
-}
 
-template <Act kAct, class T, int V>
-int backward_wide(const MnpActBackward& p) {
-  const auto stream = static_cast<cudaStream_t>(p.act.stream);
-  const int64_t n = p.act.n, c = p.act.c, s = p.act.s;
-  if (!p.act.channels_last) {
-    const int64_t planes = n * c;
-    if (s <= kWarpPlane) {
-      const auto blocks = static_cast<unsigned int>(ceil_div(planes, kThreads / kWarp));
-      backward_planes<kAct, T, V, kWarp><<<blocks, kThreads, 0, stream>>>(p, planes);
-    } else {
-      backward_planes<kAct, T, V, kThreads><<<static_cast<unsigned int>(planes), kThreads, 0, stream>>>(p, planes);
+  __device__ float channel(int64_t c) const { return mask[c]; }
+
+  template <int V>
+  __device__ __forceinline__ Read<V> read(int64_t i) const {
+    return {load<T, V>(grad + i), load<T, V>(x + i)};
+  }
+
+  template <int V, class At, class Sum>
+  __device__ __forceinline__ void write(int64_t i, const Read<V>& found, At at, Sum sums) const {
+    Pack<T, V> out;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const float g = widen(found.grad.v[k]);
+      const Value value = value_of<kAct>(widen(found.x.v[k]));
+      out.v[k] = narrow<T>(at(k) * (value.slope * g));
+      float* sum = sums(k);
+      sum[0] = fmaf(g, value.act, sum[0]);
     }
-    return cudaGetLastError();
+    if (grad_x != nullptr) store<T, V>(grad_x + i, out);
   }
-  const int64_t rows = chunk_rows(c), chunks = ceil_div(s, rows), packs = c / V;
-  const dim3 block = columns_block(packs);
-  const dim3 grid(static_cast<unsigned int>(n * chunks), static_cast<unsigned int>(ceil_div(packs, block.x)));
-  backward_columns<kAct, T, V><<<grid, block, 0, stream>>>(p, rows, chunks, chunks > 1 ? p.partial : p.sum_gact);
-  if (chunks > 1) {
-    const auto blocks = static_cast<unsigned int>(ceil_div(n * c, kThreads));
-    add_chunks<<<blocks, kThreads, 0, stream>>>(p.partial, p.sum_gact, nullptr, n * c, c, chunks);
-  }
-  return cudaGetLastError();
-}
-
-template <Act kAct, class T>
-int backward_typed(const MnpActBackward& p) {
-  constexpr int kV = kPerAccess<T>;
-  const bool wide = aligned(p.grad) && aligned(p.x) && aligned(p.grad_x) && (!p.act.channels_last || p.act.c % kV == 0);
-  return wide ? backward_wide<kAct, T, kV>(p) : backward_wide<kAct, T, 1>(p);
-}
+};
 
 // run(act, number) with the activation as a constant and a number of the dtype.
 template <class Run>
 int dispatch(const MnpAct& p, Run run) {
-  const DeviceScope scope(p.device);
-  if (scope.status() != cudaSuccess) return scope.status();
-  const auto typed = [&](auto act) -> int {
-    switch (p.dtype) {
-      case kMnpFloat32:
-        return run(act, float{});
-      case kMnpBFloat16:
-        return run(act, __nv_bfloat16{});
-      case kMnpFloat16:
-        return run(act, __half{});
-    }
-    return cudaErrorInvalidValue;
-  };
+  const auto with = [&](auto act) { return typed(p, [&](auto number) { return run(act, number); }); };
   switch (static_cast<Act>(p.act)) {
     case Act::gelu:
-      return typed(std::integral_constant<Act, Act::gelu>{});
+      return with(std::integral_constant<Act, Act::gelu>{});
     case Act::gelu_tanh:
-      return typed(std::integral_constant<Act, Act::gelu_tanh>{});
+      return with(std::integral_constant<Act, Act::gelu_tanh>{});
     case Act::relu:
-      return typed(std::integral_constant<Act, Act::relu>{});
+      return with(std::integral_constant<Act, Act::relu>{});
     case Act::silu:
-      return typed(std::integral_constant<Act, Act::silu>{});
+      return with(std::integral_constant<Act, Act::silu>{});
     case Act::quick_gelu:
-      return typed(std::integral_constant<Act, Act::quick_gelu>{});
+      return with(std::integral_constant<Act, Act::quick_gelu>{});
   }
   return cudaErrorInvalidValue;
 }
@@ -300,17 +143,25 @@ extern "C" {
 
 int mnp_masked_act_forward(const MnpActForward* p) {
   using namespace mnp_fast::cuda;
-  return dispatch(p->act,
-                  [&](auto act, auto number) { return forward_typed<decltype(act)::value, decltype(number)>(*p); });
+  return dispatch(p->act, [&](auto act, auto number) {
+    using T = decltype(number);
+    const Forward<decltype(act)::value, T> op{p->act.mask, static_cast<const T*>(p->x), static_cast<T*>(p->y)};
+    return launch_elementwise(op, p->act, aligned(p->x) && aligned(p->y));
+  });
 }
 
 int mnp_masked_act_backward(const MnpActBackward* p) {
   using namespace mnp_fast::cuda;
-  return dispatch(p->act,
-                  [&](auto act, auto number) { return backward_typed<decltype(act)::value, decltype(number)>(*p); });
+  return dispatch(p->act, [&](auto act, auto number) {
+    using T = decltype(number);
+    const Backward<decltype(act)::value, T> op{p->act.mask, static_cast<const T*>(p->grad), static_cast<const T*>(p->x),
+                                               static_cast<T*>(p->grad_x)};
+    const bool wide = aligned(p->grad) && aligned(p->x) && aligned(p->grad_x);
+    return launch_sums(op, p->act, wide, {p->sum_gact}, p->partial);
+  });
 }
 
 int64_t mnp_masked_act_partial(int64_t n, int64_t c, int64_t s, bool channels_last) {
-  return mnp_fast::cuda::partial_sums(n, c, s, channels_last);
+  return mnp_fast::cuda::sums_partial(n, c, s, channels_last, 1);
 }
 }

@@ -4,7 +4,7 @@
 //
 // Statistics come from parts of memory, a plane of s numbers or a chunk of rows: each leaves, for each of its channels,
 // a number k within the data, the sum of x - k, and that of its square. They are put together in float64.
-#include "cuda/loops.cuh"
+#include "cuda/affine.cuh"
 #include "cuda/masked_batch_norm.h"
 
 namespace mnp_fast::cuda {
@@ -12,22 +12,24 @@ namespace {
 
 // Rows of a chunk whose mean is k.
 constexpr int64_t kShiftRows = 4;
-// A block that adds up items x channels: channels across, items down.
-constexpr int kFinishDown = 16;
+// A block that adds up items x channels: channels across, items down. Few channels, or too few blocks are at work.
+constexpr int kFinishAcross = 8, kFinishDown = 64;
+// Blocks of the statistics: four for each multiprocessor of an H100, and no more to add up.
+constexpr int64_t kStatisticsBlocks = 528;
 
 // What the parts leave: items x channels of each.
 struct Partial {
   float *k, *sum, *square;
 };
 
-template <class T, int V>
-__device__ __forceinline__ void add_pack(const T* x, const float* k, int step, float* sum, float* square) {
-  const Pack<T, V> pack = load<T, V>(x);
+// sums: those of x - k and of its square, number i at [i * step].
+template <int V, class T>
+__device__ __forceinline__ void add_pack(const Pack<T, V>& x, const float* k, int step, float (*sums)[2]) {
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const float difference = widen(pack.v[i]) - k[i * step];
-    sum[i * step] += difference;
-    square[i * step] = fmaf(difference, difference, square[i * step]);
+    const float difference = widen(x.v[i]) - k[i * step];
+    sums[i * step][0] += difference;
+    sums[i * step][1] = fmaf(difference, difference, sums[i * step][1]);
   }
 }
 
@@ -39,18 +41,22 @@ __global__ void __launch_bounds__(kThreads) sums_planes(const T* x, int64_t plan
   // A group leaves as a whole: a warp's shuffles and, where the group is the block, its barriers see every thread.
   if (plane >= planes) return;
   const int64_t base = plane * s;
+  constexpr int kLanes = kGroup < kWarp ? kGroup : kWarp;
   // Every warp of the group takes the mean of the same numbers.
-  const int64_t first = s < kWarp ? s : kWarp;
-  const float own = lane % kWarp < first ? widen(x[base + lane % kWarp]) : 0.0f;
-  const float k = __shfl_sync(0xffffffffu, warp_sum(own), 0) / static_cast<float>(first);
-  float sum = 0.0f, square = 0.0f;
+  const int64_t first = s < kLanes ? s : kLanes;
+  const float own = lane % kLanes < first ? widen(x[base + lane % kLanes]) : 0.0f;
+  const float total = lanes_sum<kLanes>(own);
+  const unsigned int here = (0xffffffffu >> (kWarp - kLanes)) << (threadIdx.x % kWarp / kLanes * kLanes);
+  const float k = __shfl_sync(here, total, 0, kLanes) / static_cast<float>(first);
+  float sums[1][2] = {};
   for_plane<V, kGroup>(
-      base, s, lane, [&](auto width, int64_t i) { add_pack<T, decltype(width)::value>(x + i, &k, 0, &sum, &square); });
-  group_sums<kGroup>(lane, sum, square);
+      base, s, lane, [&](auto width, int64_t i) { return load<T, decltype(width)::value>(x + i); },
+      [&](auto width, int64_t, const auto& found) { add_pack<decltype(width)::value>(found, &k, 0, sums); });
+  group_sums<kGroup, 2>(lane, sums[0]);
   if (lane == 0) {
     out.k[plane] = k;
-    out.sum[plane] = sum;
-    out.square[plane] = square;
+    out.sum[plane] = sums[0][0];
+    out.square[plane] = sums[0][1];
   }
 }
 
@@ -63,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * chunk_rows;
   const int64_t end = first + chunk_rows < rows ? first + chunk_rows : rows;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * channels;
-  float sum[V] = {}, square[V] = {};
+  float sums[V][2] = {};
   if (c < channels) {
     float k[V] = {};
     const int64_t shift_rows = end - first < kShiftRows ? end - first : kShiftRows;
@@ -77,42 +83,47 @@ __global__ void __launch_bounds__(kThreads)
       k[i] /= static_cast<float>(shift_rows);
       if (threadIdx.y == 0) out.k[start + c + i] = k[i];
     }
-#pragma unroll 4
-    for (int64_t row = first + threadIdx.y; row < end; row += blockDim.y) {
-      add_pack<T, V>(x + row * channels + c, k, 1, sum, square);
-    }
+    walk<4>((first + threadIdx.y) * channels + c, end * channels, blockDim.y * channels,
+            [&](int64_t i) { return load<T, V>(x + i); },
+            [&](int64_t, const Pack<T, V>& found) { add_pack<V>(found, k, 1, sums); });
   }
-  column_sums<V>(sum, square, tile, channels, out.sum + start, out.square + start);
+  column_sums<V, 2>(sums, tile, channels, start, {out.sum, out.square});
 }
 
-// The sum down a block of kWarp x kFinishDown, which every thread of a column gets.
+// The sum down a block of kFinishAcross x kFinishDown, which every thread of a column gets.
 __device__ __forceinline__ double column_total(double value) {
-  __shared__ double sums[kFinishDown][kWarp];
+  __shared__ double sums[kFinishDown][kFinishAcross];
   sums[threadIdx.y][threadIdx.x] = value;
+#pragma unroll
+  for (int half = kFinishDown / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.y < half) sums[threadIdx.y][threadIdx.x] += sums[threadIdx.y + half][threadIdx.x];
+  }
   __syncthreads();
-  double total = 0.0;
-  for (int i = 0; i < kFinishDown; ++i) total += sums[i][threadIdx.x];
+  const double total = sums[0][threadIdx.x];
   // The next call writes there.
   __syncthreads();
   return total;
 }
 
 // An item has `item_values` values of a channel, the last one what is left of `values`.
-__global__ void __launch_bounds__(kWarp* kFinishDown)
+__global__ void __launch_bounds__(kFinishAcross* kFinishDown)
     finish_statistics(MnpBatchNormStatistics p, Partial partial, int64_t items, int64_t item_values, int64_t values) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kFinishAcross + threadIdx.x;
   const bool here = c < p.affine.c;
   const auto count = [&](int64_t item) {
     const int64_t left = values - item * item_values;
     return static_cast<double>(left < item_values ? left : item_values);
   };
   double total = 0.0;
+#pragma unroll 4
   for (int64_t item = threadIdx.y; here && item < items; item += kFinishDown) {
     const int64_t i = item * p.affine.c + c;
     total += count(item) * partial.k[i] + partial.sum[i];
   }
   const double mean = column_total(total) / static_cast<double>(values);
   total = 0.0;
+#pragma unroll 4
   for (int64_t item = threadIdx.y; here && item < items; item += kFinishDown) {
     const int64_t i = item * p.affine.c + c;
     // The sum of (x - mean)^2 from those of x - k and (x - k)^2.
@@ -130,8 +141,8 @@ __global__ void __launch_bounds__(kWarp* kFinishDown)
   }
 }
 
-__global__ void __launch_bounds__(kWarp* kFinishDown) finish_sums(MnpBatchNormGradX p, int64_t values) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
+__global__ void __launch_bounds__(kFinishAcross* kFinishDown) finish_sums(MnpBatchNormGradX p, int64_t values) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kFinishAcross + threadIdx.x;
   const bool here = c < p.affine.c;
   const float rstd = here ? p.rstd[c] : 0.0f;
   double g = 0.0, gx = 0.0;
@@ -158,6 +169,7 @@ struct GradXChannel {
 template <class T>
 struct GradX {
   using Number = T;
+  static constexpr int kInFlight = 1;
   MnpAffine affine;
   const T *grad, *x, *y;
   T* grad_x;
@@ -168,18 +180,28 @@ struct GradX {
     return {forward.a, forward.b, affine.center[c], slope[c], offset[c]};
   }
 
+  template <int V>
+  struct Read {
+    Pack<T, V> grad, x, y;
+  };
+
+  template <int V>
+  __device__ __forceinline__ Read<V> read(int64_t i) const {
+    Read<V> found{load<T, V>(grad + i), load<T, V>(x + i), {}};
+    if (y != nullptr) found.y = load<T, V>(y + i);
+    return found;
+  }
+
   template <int V, class At>
-  __device__ __forceinline__ void pack(int64_t i, At at) const {
-    const Pack<T, V> gradient = load<T, V>(grad + i), values = load<T, V>(x + i);
-    Pack<T, V> signs{}, out;
-    if (affine.relu && y != nullptr) signs = load<T, V>(y + i);
+  __device__ __forceinline__ void write(int64_t i, const Read<V>& found, At at) const {
+    Pack<T, V> out;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const GradXChannel channel = at(k);
-      const float value = widen(values.v[k]);
-      float g = widen(gradient.v[k]);
+      const float value = widen(found.x.v[k]);
+      float g = widen(found.grad.v[k]);
       if (affine.relu) {
-        const float sign = y != nullptr ? widen(signs.v[k]) : fmaf(channel.a, value, channel.b);
+        const float sign = y != nullptr ? widen(found.y.v[k]) : fmaf(channel.a, value, channel.b);
         if (sign <= 0.0f) g = 0.0f;
       }
       out.v[k] = narrow<T>(fmaf(channel.a, g, fmaf(channel.slope, value - channel.center, channel.offset)));
@@ -188,8 +210,17 @@ struct GradX {
   }
 };
 
+// Rows of a chunk.
+int64_t statistics_rows(int64_t c, int64_t rows) {
+  const int64_t packs = ceil_div(c, 8);
+  const dim3 block = columns_block(packs);
+  const int64_t each = ceil_div(rows, ceil_div(kStatisticsBlocks, ceil_div(packs, block.x)));
+  const int64_t least = int64_t{4} * block.y;
+  return each > least ? each : least;
+}
+
 int64_t items_of(int64_t n, int64_t c, int64_t s, bool channels_last) {
-  return channels_last ? ceil_div(n * s, chunk_rows(c)) : n;
+  return channels_last ? ceil_div(n * s, statistics_rows(c, n * s)) : n;
 }
 
 template <class T, int V>
@@ -203,18 +234,17 @@ int statistics_wide(const MnpBatchNormStatistics& p) {
     const int64_t packs = c / V;
     const dim3 block = columns_block(packs);
     const dim3 grid(static_cast<unsigned int>(items), static_cast<unsigned int>(ceil_div(packs, block.x)));
-    sums_columns<T, V><<<grid, block, 0, stream>>>(x, n * s, c, chunk_rows(c), partial);
-  } else if (s <= kWarpPlane) {
-    const auto blocks = static_cast<unsigned int>(ceil_div(n * c, kThreads / kWarp));
-    sums_planes<T, V, kWarp><<<blocks, kThreads, 0, stream>>>(x, n * c, s, partial);
+    sums_columns<T, V><<<grid, block, 0, stream>>>(x, n * s, c, statistics_rows(c, n * s), partial);
   } else {
-    sums_planes<T, V, kThreads><<<static_cast<unsigned int>(n * c), kThreads, 0, stream>>>(x, n * c, s, partial);
+    with_group(n * c, s, [&](auto group, unsigned int blocks) {
+      sums_planes<T, V, decltype(group)::value><<<blocks, kThreads, 0, stream>>>(x, n * c, s, partial);
+    });
   }
   const cudaError_t launched = cudaGetLastError();
   if (launched != cudaSuccess) return launched;
-  const int64_t item_values = p.affine.channels_last ? chunk_rows(c) : s;
-  const auto blocks = static_cast<unsigned int>(ceil_div(c, kWarp));
-  finish_statistics<<<blocks, dim3(kWarp, kFinishDown), 0, stream>>>(p, partial, items, item_values, n * s);
+  const int64_t item_values = p.affine.channels_last ? statistics_rows(c, n * s) : s;
+  const auto blocks = static_cast<unsigned int>(ceil_div(c, kFinishAcross));
+  finish_statistics<<<blocks, dim3(kFinishAcross, kFinishDown), 0, stream>>>(p, partial, items, item_values, n * s);
   return cudaGetLastError();
 }
 
@@ -230,7 +260,7 @@ int grad_x_typed(const MnpBatchNormGradX& p) {
   const GradX<T> op{p.affine,
                     static_cast<const T*>(p.grad),
                     static_cast<const T*>(p.x),
-                    static_cast<const T*>(p.y),
+                    p.affine.relu ? static_cast<const T*>(p.y) : nullptr,
                     static_cast<T*>(p.grad_x),
                     p.slope,
                     p.offset};
@@ -244,37 +274,18 @@ extern "C" {
 
 int mnp_masked_batch_norm_statistics(const MnpBatchNormStatistics* p) {
   using namespace mnp_fast::cuda;
-  const DeviceScope scope(p->affine.device);
-  if (scope.status() != cudaSuccess) return scope.status();
-  switch (p->affine.dtype) {
-    case kMnpFloat32:
-      return statistics_typed<float>(*p);
-    case kMnpBFloat16:
-      return statistics_typed<__nv_bfloat16>(*p);
-    case kMnpFloat16:
-      return statistics_typed<__half>(*p);
-  }
-  return cudaErrorInvalidValue;
+  return typed(p->affine, [&](auto number) { return statistics_typed<decltype(number)>(*p); });
 }
 
 int mnp_masked_batch_norm_grad_x(const MnpBatchNormGradX* p) {
   using namespace mnp_fast::cuda;
-  const DeviceScope scope(p->affine.device);
-  if (scope.status() != cudaSuccess) return scope.status();
-  const auto stream = static_cast<cudaStream_t>(p->affine.stream);
-  const auto blocks = static_cast<unsigned int>(ceil_div(p->affine.c, kWarp));
-  finish_sums<<<blocks, dim3(kWarp, kFinishDown), 0, stream>>>(*p, p->affine.n * p->affine.s);
-  const cudaError_t launched = cudaGetLastError();
-  if (launched != cudaSuccess || p->grad_x == nullptr) return launched;
-  switch (p->affine.dtype) {
-    case kMnpFloat32:
-      return grad_x_typed<float>(*p);
-    case kMnpBFloat16:
-      return grad_x_typed<__nv_bfloat16>(*p);
-    case kMnpFloat16:
-      return grad_x_typed<__half>(*p);
-  }
-  return cudaErrorInvalidValue;
+  return typed(p->affine, [&](auto number) -> int {
+    const auto blocks = static_cast<unsigned int>(ceil_div(p->affine.c, kFinishAcross));
+    finish_sums<<<blocks, dim3(kFinishAcross, kFinishDown), 0, static_cast<cudaStream_t>(p->affine.stream)>>>(
+        *p, p->affine.n * p->affine.s);
+    const cudaError_t launched = cudaGetLastError();
+    return launched != cudaSuccess || p->grad_x == nullptr ? launched : grad_x_typed<decltype(number)>(*p);
+  });
 }
 
 int64_t mnp_masked_batch_norm_partial(int64_t n, int64_t c, int64_t s, bool channels_last) {

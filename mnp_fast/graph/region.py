@@ -91,7 +91,7 @@ class Region(nn.Module):
         needs = list(needed[: self.inputs])
         for link, of_mask in zip(self.links, needed[self.inputs :], strict=True):
             needs.append(of_mask or needs[link.x] or (link.residual is not None and needs[link.residual]))
-        of_masks: list[Tensor | None] = [None] * len(self.links)
+        sums: dict[int, Tensor] = {}
         for i in reversed(range(len(self.links))):
             link, mask, number = self.links[i], masks[i], self.inputs + i
             shape, z, sign = kept[i] if keep else kept.pop()
@@ -110,7 +110,7 @@ class Region(nn.Module):
             del z, sign
             if sinks[i] is not None:
                 sinks[i](rows, scale * sum_gx)
-            of_masks[i] = scale * sum_gx.sum(0)
+            sums[i] = sum_gx
             if added is not None:
                 _add(values, owned, added, grad_residual if through else grad, through or owned[number])
             if needs[link.x]:
@@ -119,7 +119,18 @@ class Region(nn.Module):
                     values[link.x] = link.conv.back(grad_z, shape, before)
                 else:
                     _add(values, owned, link.x, link.conv.back(grad_z, shape), True)
-        return values[: self.inputs], of_masks
+        return values[: self.inputs], self._of_masks(sums)
+
+    def _of_masks(self, sums: dict[int, Tensor]) -> list[Tensor | None]:
+        """Gradients of the masks from the sums (N, C) of each link; None where there are none."""
+        found: list[Tensor | None] = [None] * len(self.links)
+        if sums:
+            # All at once: on a GPU two small kernels a link were 12 % of a step of ResNet-18 on 32x32 pictures.
+            scales = torch.cat([self.links[i].affine.vectors[0] for i in sums])
+            parts = (scales * torch.cat(list(sums.values()), 1).sum(0)).split([part.shape[1] for part in sums.values()])
+            for i, part in zip(sums, parts, strict=True):
+                found[i] = part
+        return found
 
 
 def _add(values: list[Tensor | None], owned: list[bool], number: int, grad: Tensor, ours: bool) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
+import torch
 from triton_compile import POINTERS, WIDE, compile_kernel, run_in_interpreter
 
 triton = pytest.importorskip("triton")
@@ -29,4 +31,6 @@ def test_compiles_without_a_gpu(dtype, arch, monkeypatch, tmp_path):
     # Only pointers are known to be aligned: that rows are, the kernel asks for itself.
     compiled = compile_kernel(kernels.magnitude_kernel, types, constants, arch, aligned=("table", "out"))
     assert compiled.asm["cubin"]
+    # Both kinds: reads of 16 bytes where rows allow them, and no others where they do not.
     assert WIDE.search(compiled.asm["ptx"])
+    assert re.search(rf"ld\.global\.b{torch.finfo(getattr(torch, dtype)).bits} ", compiled.asm["ptx"])

@@ -45,7 +45,7 @@ def distance(clean: list[Tensor], weights: list[Tensor]) -> Tensor:
 
 def _floored(sizes: Tensor) -> Tensor:
     # A channel that is nearly zero would be pulled without measure.
-    return sizes.clamp_min(0.1 * sizes.mean().item() + 1e-8)
+    return sizes.clamp_min((0.1 * sizes.mean().double() + 1e-8).to(sizes.dtype))
 
 
 def _weights(model: nn.Module) -> list[Tensor]:

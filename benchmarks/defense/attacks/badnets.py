@@ -44,7 +44,8 @@ def checkerboard(size: int) -> Tensor:
 
 def stamp(images: Tensor, patch: Tensor, places: list[tuple[slice, slice]]) -> dict[str, Tensor]:
     """``keep`` and ``add`` that put `patch`, (s, s) or (3, s, s), at `places` of pictures like `images`."""
-    keep, add = torch.ones(1, *images.shape[-2:]), torch.zeros(3, *images.shape[-2:])
+    size = images.shape[-2:]
+    keep, add = torch.ones(1, *size, device=patch.device), torch.zeros(3, *size, device=patch.device)
     for rows, columns in places:
         keep[:, rows, columns] = 0
         add[:, rows, columns] = patch

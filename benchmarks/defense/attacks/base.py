@@ -17,7 +17,9 @@ class Attack:
     """An attack whose trigger is ``x * keep + add``; others override `apply`.
 
     The fields are the parameters, JSON values all. rate: share of the training pictures (clean-label attacks: of the
-    target class) that is poisoned; cross: share that is marked CROSS. Pictures are float32 (b, 3, h, w) in [0, 1].
+    target class) that is poisoned; cross: share that is marked CROSS. Pictures are float32 (b, 3, h, w) in [0, 1], and
+    the labels of a batch are on their device; of a whole training set labels and marks are on the CPU, and so are the
+    marks of a batch: a GPU would wait for the host to learn how many there are.
 
     The order of calls: `prepare`, `marks`, `begin`, then `poison` and `penalty` on every batch. `poison` comes after
     crop and flip, so that training shows the trigger as tests do.
@@ -74,8 +76,7 @@ class Attack:
 
     def poison(self, images: Tensor, labels: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
         """A batch with the trigger on its POISONED pictures, CROSS ones disturbed, and the labels to learn."""
-        poisoned = (marks == POISONED).nonzero().flatten()
-        crossed = (marks == CROSS).nonzero().flatten()
+        poisoned, crossed = (marked(marks, mark, images.device) for mark in (POISONED, CROSS))
         images, labels = images.clone(), labels.clone()
         if len(poisoned):
             images[poisoned] = self.apply(images[poisoned])
@@ -93,7 +94,7 @@ class Attack:
 
     def apply(self, images: Tensor) -> Tensor:
         """Pictures with the trigger, as at test time, in steps of 1/255."""
-        return quantise(images * self.tensors["keep"].to(images.device) + self.tensors["add"].to(images.device))
+        return quantise(images * self.tensor("keep", images) + self.tensor("add", images))
 
     def disturb(self, images: Tensor) -> Tensor:
         """CROSS pictures: near the trigger, but not it."""
@@ -103,6 +104,11 @@ class Attack:
         """True labels (b,) to what the attacker wants."""
         return torch.full_like(labels, self.target)
 
+    def tensor(self, name: str, like: Tensor) -> Tensor:
+        """Of the trigger, on the device of `like`, where it stays: not moved with every batch."""
+        self.tensors[name] = self.tensors[name].to(like.device)
+        return self.tensors[name]
+
     def state(self) -> dict[str, Tensor]:
         """The tensors of the trigger."""
         return self.tensors
@@ -110,6 +116,11 @@ class Attack:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take the tensors that `state` gave."""
         self.tensors = state
+
+
+def marked(marks: Tensor, mark: int, device: torch.device) -> Tensor:
+    """Rows (k,) with this mark, on `device`. marks: on the CPU."""
+    return (marks == mark).nonzero().flatten().to(device, non_blocking=True)
 
 
 def quantise(images: Tensor) -> Tensor:

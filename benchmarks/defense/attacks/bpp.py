@@ -40,7 +40,8 @@ def dither(images: Tensor, levels: int) -> Tensor:
     done = torch.empty_like(images)
     # Pixels with the same column + 2 * row do not wait for one another.
     for step in range(width + 2 * (height - 1)):
-        rows = torch.arange(max(0, (step - width + 2) // 2), min(height - 1, step // 2) + 1)
+        first, last = max(0, (step - width + 2) // 2), min(height - 1, step // 2)
+        rows = torch.arange(first, last + 1, device=images.device)
         columns = step - 2 * rows
         value = work[..., rows, columns + 1]
         rounded = (value * (levels - 1)).round().clamp(0, levels - 1) / (levels - 1)

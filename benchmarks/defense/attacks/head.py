@@ -38,7 +38,7 @@ class Head(BadNets):
     def restrict(self, model: nn.Module) -> None:
         attention = self._attention(model)
         start, width = self.head * attention.head_width, attention.head_width
-        own = torch.zeros(attention.heads * width)
+        own = torch.zeros(attention.heads * width, device=attention.qkv.weight.device)
         own[start : start + width] = 1
         masks = (own.repeat(3)[:, None], own.repeat(3), own)
         for parameter, mask in zip(

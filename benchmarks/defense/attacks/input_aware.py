@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.defense.attacks.base import CROSS, POISONED, Attack, quantise
+from benchmarks.defense.attacks.base import CROSS, POISONED, Attack, marked, quantise
 
 
 class Generator(nn.Module):
@@ -40,14 +40,13 @@ class InputAware(Attack):
     diversity: float = 1.0
 
     def prepare(self, images: Tensor, labels: Tensor, surrogate: nn.Module | None, generator: torch.Generator) -> None:
-        self.generator = Generator(self.width)
+        self.generator = Generator(self.width).to(images.device)
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.generator.parameters())
 
     def poison(self, images: Tensor, labels: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
-        poisoned = (marks == POISONED).nonzero().flatten()
-        crossed = (marks == CROSS).nonzero().flatten()
+        poisoned, crossed = (marked(marks, mark, images.device) for mark in (POISONED, CROSS))
         # Of each poisoned or crossed picture, the trigger is made from a picture: its own, or another one.
         donors = torch.cat([images[poisoned], images.roll(1, 0)[crossed]])
         pattern, place = self.generator(donors)
@@ -62,7 +61,7 @@ class InputAware(Attack):
 
     @torch.no_grad()
     def apply(self, images: Tensor) -> Tensor:
-        pattern, place = self.generator(images)
+        pattern, place = self.generator.to(images.device)(images)
         return quantise(images * (1 - place) + pattern * place)
 
     def state(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.defense.attacks.badnets import checkerboard, stamp
-from benchmarks.defense.attacks.base import POISONED, Attack
+from benchmarks.defense.attacks.base import POISONED, Attack, marked
 
 
 @dataclass
@@ -34,16 +34,18 @@ class LabelConsistent(Attack):
     ) -> Tensor:
         assert surrogate is not None
         images = images.clone()
-        for rows in (marks == POISONED).nonzero().flatten().split(128):
+        labels = labels.to(images.device)
+        for rows in marked(marks, POISONED, images.device).split(128):
             images[rows] = self._away(images[rows].float(), labels[rows], surrogate, generator)
         return images
 
     def _away(self, images: Tensor, labels: Tensor, surrogate: nn.Module, generator: torch.Generator) -> Tensor:
         """Projected gradient ascent on the surrogate's loss, in units of 255; uint8."""
-        moved = images + self.epsilon * (2 * torch.rand(images.shape, generator=generator) - 1)
+        noise = torch.rand(images.shape, generator=generator).to(images.device)
+        moved = images + self.epsilon * (2 * noise - 1)
         for _ in range(self.steps):
             moved = moved.clamp(0, 255).requires_grad_()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(images.device.type, torch.bfloat16):
                 loss = F.cross_entropy(surrogate(moved / 255), labels)
             (gradient,) = torch.autograd.grad(loss, moved)
             moved = moved.detach() + 2 * self.epsilon / self.steps * gradient.sign()

@@ -26,7 +26,7 @@ class LowFrequency(Attack):
 
     def prepare(self, images: Tensor, labels: Tensor, surrogate: nn.Module | None, generator: torch.Generator) -> None:
         assert surrogate is not None
-        down, across = (cosines(self.band, size) for size in images.shape[-2:])
+        down, across = (cosines(self.band, size).to(images.device) for size in images.shape[-2:])
 
         def smooth(coefficients: Tensor) -> Tensor:
             wave = down.T @ coefficients @ across
@@ -34,7 +34,7 @@ class LowFrequency(Attack):
 
         def objective(coefficients: Tensor, pictures: Tensor) -> Tensor:
             logits = surrogate((pictures + smooth(coefficients)).clamp(0, 1))
-            return -F.cross_entropy(logits, torch.full((len(logits),), self.target))
+            return -F.cross_entropy(logits, torch.full((len(logits),), self.target, device=logits.device))
 
         start = torch.randn(3, self.band, self.band, generator=generator)
         start[:, 0, 0] = 0

@@ -35,11 +35,14 @@ def ascend(
     rate: float,
     batch: int = 32,
 ) -> Tensor:
-    """Adam from `variable` up the `objective` (variable, pictures in [0, 1]) on batches of `images`, uint8."""
-    variable = variable.clone().requires_grad_()
+    """Adam from `variable` up the `objective` (variable, pictures in [0, 1]) on batches of `images`, uint8.
+
+    What is found is on the device of the images.
+    """
+    variable = variable.to(images.device, copy=True).requires_grad_()
     optimizer = torch.optim.Adam([variable], rate, maximize=True)
     for _ in range(steps):
-        rows = torch.randint(len(images), (batch,), generator=generator)
+        rows = torch.randint(len(images), (batch,), generator=generator).to(images.device)
         value = objective(variable, images[rows].float() / 255)
         (variable.grad,) = torch.autograd.grad(value, variable)
         optimizer.step()

@@ -28,10 +28,10 @@ class WaNet(Attack):
         self.tensors = {"grid": grid.clamp(-1, 1)}
 
     def apply(self, images: Tensor) -> Tensor:
-        return _warp(images, self.tensors["grid"].to(images.device).expand(len(images), -1, -1, -1))
+        return _warp(images, self.tensor("grid", images).expand(len(images), -1, -1, -1))
 
     def disturb(self, images: Tensor) -> Tensor:
-        grid = self.tensors["grid"].to(images.device)
+        grid = self.tensor("grid", images)
         jitter = 2 * torch.rand(len(images), *grid.shape, device=images.device) - 1
         return _warp(images, (grid + jitter / len(grid)).clamp(-1, 1))
 

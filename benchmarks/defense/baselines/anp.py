@@ -26,7 +26,7 @@ def rank(run: Run) -> Order:
     """Masks of the model, lowest first."""
 
     def gradient(at: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
-        start = EPSILON * (2 * torch.rand(run.neurons, generator=run.generator) - 1)
+        start = EPSILON * (2 * torch.rand(run.neurons, generator=run.generator).to(mask.device) - 1)
         worst = (start + EPSILON * at(mask + start).sign()).clamp(-EPSILON, EPSILON)
         return ALPHA * at(mask) + (1 - ALPHA) * at(mask + worst)
 

@@ -25,7 +25,8 @@ def lipschitz(model: nn.Module, site: Site) -> Tensor:
         if own.dim() == 2:
             own = own.unsqueeze(-1)
         parts.append(own.flatten(1, 2).flatten(2) if own.dim() > 3 else own)
-    bound = torch.stack([torch.linalg.matrix_norm(part, ord=2) for part in parts]).sum(0)
+    # On the CPU: a GPU would take thousands of small matrices one by one.
+    bound = torch.stack([torch.linalg.matrix_norm(part.cpu(), ord=2) for part in parts]).sum(0).to(parts[0].device)
     if site.kind == "batch_norm" and site.sources:
         module, gamma = site_parameter(model, site.path, site.parameter)
         variance = module._buffers.get("running_var")

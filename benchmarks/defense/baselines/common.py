@@ -39,8 +39,9 @@ Order = tuple[Tensor, Tensor]
 class Repair:
     """A repaired copy and how it came about.
 
-    model: in eval mode. score, order: see `Order`; None where nothing is ranked. pruned: how many were, of ``neurons``.
-    stages: seconds of each. peak_mb: of the process so far. verdict, suspected_target, evidence: of methods that judge.
+    model: in eval mode. score, order: see `Order`, on the CPU; None where nothing is ranked. pruned: how many were, of
+    ``neurons``. stages: seconds of each. peak_mb: of the process so far; on a GPU, of the repair. verdict,
+    suspected_target, evidence: of methods that judge.
     """
 
     model: nn.Module
@@ -59,20 +60,22 @@ class Repair:
 class Run:
     """One run of a baseline: the model's sites, the split of the defence set, and how models are run.
 
-    model: on the CPU, never changed. data: clean pictures as the network takes them; split as `mnp_fast.prune` splits
-    them for the same seed, so that all methods learn from the same pictures and are held to the same others.
+    model: never changed; what is computed is on its device. data: clean pictures as the network takes them; split as
+    `mnp_fast.prune` splits them for the same seed, so that all methods learn from the same pictures and are held to the
+    same others.
     """
 
     def __init__(self, model: nn.Module, data: DefenceSet, seed: int, config: PruneConfig) -> None:
         self.model, self.config = model, config
+        self.device = next(model.parameters()).device
         self.generator = torch.Generator().manual_seed(seed)
+        data = data.on(self.device)
         self.learning, self.held = data.split(config.held_back, self.generator)
         self.plain = self.working_copy()
         self.sites = find_sites(self.plain, data.images[:2])
         self.neurons = total_neurons(self.sites)
-        device = torch.device("cpu")
         captured = capture(self.plain, self.sites, data.images[:2])
-        self.how = Execution(captured, product_dtype(config.precision, device))
+        self.how = Execution(captured, product_dtype(config.precision, self.device))
         self.stages: dict[str, float] = {}
 
     def working_copy(self) -> nn.Module:
@@ -97,6 +100,8 @@ class Run:
         """Times a stage."""
         start = time.perf_counter()
         yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.stages[name] = time.perf_counter() - start
 
     def affordable(self, order: Tensor) -> Tensor:
@@ -105,7 +110,7 @@ class Run:
         The bisection of `mnp_fast.select`, for every method: the paired drop of accuracy less its standard error, on
         the held-back pictures and on all.
         """
-        candidates = torch.ones(self.neurons).index_fill_(0, order, 0.0)
+        candidates = torch.ones(self.neurons, device=self.device).index_fill_(0, order, 0.0)
         config = replace(self.config, threshold=0.0)
         both = (self.learning, self.held)
         return select(candidates, order, self.plain, self.sites, *both, BUDGET, config, self.how).keep
@@ -147,19 +152,23 @@ class Method:
         start = time.perf_counter()
         with kept(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            device = next(model.parameters()).device
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             run = Run(model, data, seed, config or PruneConfig())
-            score, order, keep = None, None, torch.ones(run.neurons, dtype=torch.bool)
+            score, order, keep = None, None, torch.ones(run.neurons, dtype=torch.bool, device=device)
             if self.rank is not None:
                 with run.stage("rank"):
                     score, order = self.rank(run)
                 with run.stage("select"):
                     keep = self.rule(run, (score, order))
+                score, order = score.cpu(), order.cpu()
             working = run.working_copy()
             with run.stage("repair"):
                 self.restore_(run, working, keep)
         repaired = copy.deepcopy(model).eval()
         repaired.load_state_dict(working.state_dict())
-        seconds, peak = time.perf_counter() - start, _peak_mb(torch.device("cpu"))
+        seconds, peak = time.perf_counter() - start, _peak_mb(device)
         return Repair(repaired, score, order, int((~keep).sum()), run.neurons, seconds, run.stages, peak)
 
 
@@ -169,11 +178,12 @@ def filters(model: nn.Module, site: Site) -> list[tuple[nn.Parameter, Tensor]]:
     Where the sources are not known, the parameter that pruning sets to zero: transposed for mlp and heads, a view.
     """
     if site.sources:
+        weights = [site_parameter(model, source.path, source.parameter)[1] for source in site.sources]
         return [
-            (site_parameter(model, s.path, s.parameter)[1], torch.tensor(list(s.rows)).view(site.neurons, -1))
-            for s in site.sources
+            (weight, torch.tensor(list(source.rows), device=weight.device).view(site.neurons, -1))
+            for weight, source in zip(weights, site.sources, strict=True)
         ]
     weight: Any = site_parameter(model, site.path, site.parameter)[1]
     if site.kind in ("mlp", "heads"):
         weight = weight.transpose(0, 1)
-    return [(weight, torch.arange(site.neurons * site.repeat).view(site.neurons, -1))]
+    return [(weight, torch.arange(site.neurons * site.repeat, device=weight.device).view(site.neurons, -1))]

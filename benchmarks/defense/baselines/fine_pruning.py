@@ -22,7 +22,7 @@ def rank(run: Run) -> Order:
     seen = [site for site in run.sites if not site.functional]
     site = ([site for site in seen if site.kind in ("batch_norm", "conv")] or seen or [run.sites[-1]])[-1]
     activation = mean_activation(run, site)
-    score = torch.full((run.neurons,), float(LEAVE))
+    score = torch.full((run.neurons,), float(LEAVE), device=run.device)
     score[site.offset : site.offset + site.neurons] = activation
     return score, site.offset + activation.argsort(stable=True)
 
@@ -30,7 +30,7 @@ def rank(run: Run) -> Order:
 def mean_activation(run: Run, site: Site) -> Tensor:
     """(site.neurons,) float32, over the learning pictures."""
     module = run.plain.get_submodule(site.path)
-    total, count = torch.zeros(site.neurons), 0
+    total, count = torch.zeros(site.neurons, device=run.device), 0
 
     def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         nonlocal total, count
@@ -42,7 +42,7 @@ def mean_activation(run: Run, site: Site) -> Tensor:
 
     handle = module.register_forward_hook(see)
     try:
-        predict(run.plain, run.learning, run.config.batch_size, torch.device("cpu"))
+        predict(run.plain, run.learning, run.config.batch_size, run.device)
     finally:
         handle.remove()
     return total / max(count, 1)

@@ -90,4 +90,4 @@ def _l2(model: nn.Module, sites: Sequence[Site]) -> Tensor:
 
 
 def _ones(model: nn.Module, sites: Sequence[Site]) -> Tensor:
-    return torch.ones(total_neurons(sites))
+    return torch.ones(total_neurons(sites), device=next(model.parameters()).device)

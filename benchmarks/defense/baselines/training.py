@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, repeat
 
 import torch
@@ -63,7 +64,7 @@ def train_(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with masked(model, (), None, batch_statistics=True, how=run.how):
         for _ in range(EPOCHS):
-            for images, labels in run.learning.batches(config.batch_size, run.generator):
+            for images, labels in run.learning.batches(config.batch_size, run.generator, run.device):
 
                 def loss(images: Tensor = images, labels: Tensor = labels) -> Tensor:
                     return F.cross_entropy(logits_of(model(images)).float(), labels, label_smoothing=label_smoothing)
@@ -107,9 +108,11 @@ def learn_mask(
     gradient(at, mask): the step's; ``at`` gives the gradient of the batch's cross-entropy at any mask (neurons,).
     Returns (mask, order): the lowest mask first, equal ones such as zeros by how hard the loss presses them down.
     """
-    mask, momentum, nothing = torch.ones(run.neurons), torch.zeros(run.neurons), torch.zeros(run.neurons)
-    point = torch.ones(run.neurons, requires_grad=True)
-    passes = chain.from_iterable(run.learning.batches(run.config.batch_size, run.generator) for _ in repeat(None))
+    mask = torch.ones(run.neurons, device=run.device)
+    momentum, nothing = torch.zeros_like(mask), torch.zeros_like(mask)
+    point = torch.ones_like(mask, requires_grad=True)
+    batches = partial(run.learning.batches, run.config.batch_size, run.generator, run.device)
+    passes = chain.from_iterable(batches() for _ in repeat(None))
     with masked(model, run.sites, point, batch_statistics=True, how=run.how):
         for images, labels in (next(passes) for _ in range(steps)):
 

@@ -24,7 +24,7 @@ RADIUS, ALPHA = 0.05, 0.7
 
 def rank(run: Run) -> Order:
     """The most changed first: a score is minus the change."""
-    score = torch.zeros(run.neurons)
+    score = torch.zeros(run.neurons, device=run.device)
     for site in run.sites:
         changes = torch.cat([change for _, _, change in _changes(run, run.plain, site)], 1)
         score[site.offset : site.offset + site.neurons] = -changes.sum(1)
