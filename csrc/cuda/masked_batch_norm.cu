@@ -13,9 +13,9 @@ namespace {
 // Rows of a chunk whose mean is k.
 constexpr int64_t kShiftRows = 4;
 // A block that adds up items x channels: channels across, items down. Few channels, or too few blocks are at work.
-constexpr int kFinishAcross = 8, kFinishDown = 64;
-// Blocks of the statistics: four for each multiprocessor of an H100, and no more to add up.
-constexpr int64_t kStatisticsBlocks = 528;
+constexpr int kFinishAcross = 4, kFinishDown = 128;
+// Blocks of the statistics: two for each multiprocessor of an H100, and no more to add up.
+constexpr int64_t kStatisticsBlocks = 264;
 
 // What the parts leave: items x channels of each.
 struct Partial {
@@ -73,8 +73,10 @@ __global__ void __launch_bounds__(kThreads)
   if (c < channels) {
     float k[V] = {};
     const int64_t shift_rows = end - first < kShiftRows ? end - first : kShiftRows;
-    for (int64_t row = first; row < first + shift_rows; ++row) {
-      const Pack<T, V> pack = load<T, V>(x + row * channels + c);
+#pragma unroll
+    for (int64_t row = 0; row < kShiftRows; ++row) {
+      if (row >= shift_rows) break;
+      const Pack<T, V> pack = load<T, V>(x + (first + row) * channels + c);
 #pragma unroll
       for (int i = 0; i < V; ++i) k[i] += widen(pack.v[i]);
     }
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
       k[i] /= static_cast<float>(shift_rows);
       if (threadIdx.y == 0) out.k[start + c + i] = k[i];
     }
-    walk<4>((first + threadIdx.y) * channels + c, end * channels, blockDim.y * channels,
+    walk<8>((first + threadIdx.y) * channels + c, end * channels, blockDim.y * channels,
             [&](int64_t i) { return load<T, V>(x + i); },
             [&](int64_t, const Pack<T, V>& found) { add_pack<V>(found, k, 1, sums); });
   }
