@@ -204,7 +204,7 @@ void with_group(int64_t planes, int64_t s, Launch launch) {
 }
 
 template <class Op, int V, int kGroup>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     sums_of_planes(Op op, int64_t planes, int64_t channels, int64_t s, Sums<Op::kSums> out) {
   const int lane = threadIdx.x % kGroup;
   const int64_t plane = static_cast<int64_t>(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
