@@ -234,10 +234,12 @@ class Check:
                 )
         self.limit = GRADIENT_TOLERANCE
         self.plain_is_right = True
+        self.plain_error: float | None = None
         if False in self.expected and (dtype != torch.float32 or work.images.device.type == "cuda"):
             exact, plain = Tuned(work, torch.float32), Tuned(work, dtype)
             with whole_float32():
                 loss_error, gradient_error = self.errors("tuned_eager", exact, float(exact()))
+            self.plain_error = gradient_error
             self.plain_is_right = loss_error <= LOSS_TOLERANCE[torch.float32] and gradient_error <= GRADIENT_TOLERANCE
             self.limit = RATIO * self.errors("tuned_eager", plain, float(plain()))[1] + GRADIENT_TOLERANCE
 
@@ -245,7 +247,7 @@ class Check:
         """Of the loss, and of the gradient, of the first step that ``step`` has made, with this loss."""
         return relative_errors(loss, step.gradient(), *self.expected[name == "published"])
 
-    def __call__(self, name: str, step: Step, loss: float) -> dict[str, bool | float]:
+    def __call__(self, name: str, step: Step, loss: float) -> dict[str, bool | float | None]:
         """match, loss_error and gradient_error of the first step that ``step`` has made, with this loss."""
         published = name == "published"
         loss_error, gradient_error = self.errors(name, step, loss)
@@ -262,6 +264,7 @@ class Check:
             "match": match,
             "loss_error": float(f"{loss_error:.3g}"),
             "gradient_error": float(f"{gradient_error:.3g}"),
+            "plain_float32_error": None if published or self.plain_error is None else float(f"{self.plain_error:.3g}"),
         }
 
 
