@@ -74,7 +74,7 @@ class PruneConfig:
 
     evidence_score: float = 0.9
     """Score (docs/method.md, "Verdict") from which there is "evidence of a backdoor". Measured."""
-    suspicion_score: float = 0.8
+    suspicion_score: float = 0.75
     """The same for "suspicious". Measured."""
 
     def __post_init__(self) -> None:
