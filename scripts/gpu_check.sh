@@ -2,7 +2,7 @@
 # Everything that only a machine with a GPU can check, without a network; each call takes at most 10 minutes.
 #
 #   scripts/gpu_check.sh          build, GPU tests, memory and race checks of the kernels
-#   scripts/gpu_check.sh bench    build, then the benchmarks: ops beside a copy, steps of four networks, statistics
+#   scripts/gpu_check.sh bench    build, then the benchmarks: ops beside a copy, steps of three networks, statistics
 #
 # Results under ${OUT:-build/gpu_check}: <step>.log, <step>.rc, summary.txt, and <benchmark>.json.
 # A step that fails does not stop the others. The exit code is the number of steps that failed.

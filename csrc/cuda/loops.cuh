@@ -159,13 +159,20 @@ __device__ __forceinline__ void for_plane(int64_t base, int64_t s, int lane, Rea
   for (int64_t i = tail + lane; i < end; i += kGroup) one(i);
 }
 
+// The bits of this thread's group, of at most a warp.
+template <int kGroup>
+__device__ __forceinline__ unsigned int lanes() {
+  static_assert(kGroup <= kWarp);
+  return (0xffffffffu >> (kWarp - kGroup)) << (threadIdx.x % kWarp / kGroup * kGroup);
+}
+
 // The sum over a group of at most a warp, which its first thread then has. Every thread of the group calls it.
 template <int kGroup>
 __device__ __forceinline__ float lanes_sum(float value) {
-  static_assert(kGroup <= kWarp);
-  const unsigned int own = (0xffffffffu >> (kWarp - kGroup)) << (threadIdx.x % kWarp / kGroup * kGroup);
 #pragma unroll
-  for (int offset = kGroup / 2; offset > 0; offset /= 2) value += __shfl_down_sync(own, value, offset, kGroup);
+  for (int offset = kGroup / 2; offset > 0; offset /= 2) {
+    value += __shfl_down_sync(lanes<kGroup>(), value, offset, kGroup);
+  }
   return value;
 }
 

@@ -46,8 +46,7 @@ __global__ void __launch_bounds__(kThreads) sums_planes(const T* x, int64_t plan
   const int64_t first = s < kLanes ? s : kLanes;
   const float own = lane % kLanes < first ? widen(x[base + lane % kLanes]) : 0.0f;
   const float total = lanes_sum<kLanes>(own);
-  const unsigned int here = (0xffffffffu >> (kWarp - kLanes)) << (threadIdx.x % kWarp / kLanes * kLanes);
-  const float k = __shfl_sync(here, total, 0, kLanes) / static_cast<float>(first);
+  const float k = __shfl_sync(lanes<kLanes>(), total, 0, kLanes) / static_cast<float>(first);
   float sums[1][2] = {};
   for_plane<V, kGroup>(
       base, s, lane, [&](auto width, int64_t i) { return load<T, decltype(width)::value>(x + i); },
