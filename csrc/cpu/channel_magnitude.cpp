@@ -12,7 +12,6 @@ constexpr int64_t kWidth = Vec::kWidth;
 constexpr int64_t kBlock = 4096;
 // Vectors at a time, each with sums of its own: one sum would wait for the one before.
 constexpr int64_t kAtOnce = 4;
-constexpr int64_t kLine = 64;  // bytes that memory comes in
 
 struct Magnitude {
   Vec l1 = Vec::fill(0.0f), l2 = Vec::fill(0.0f), largest = Vec::fill(0.0f);  // l2: squared
@@ -38,9 +37,7 @@ MNP_ALWAYS_INLINE Magnitude magnitude(const T* x, int64_t n) {
     Magnitude part[kAtOnce];
     int64_t i = start;
     for (; i + kAtOnce * kWidth <= end; i += kAtOnce * kWidth) {
-      for (int64_t line = 0; line < kAtOnce * kWidth; line += kLine / static_cast<int64_t>(sizeof(T))) {
-        ask_ahead<kFar>(x + i + line);
-      }
+      ask_ahead<kFar, kAtOnce * kWidth>(x + i);
       for (int64_t k = 0; k < kAtOnce; ++k) part[k].take(Vec::load(x + i + k * kWidth));
     }
     for (; i + kWidth <= end; i += kWidth) part[0].take(Vec::load(x + i));

@@ -10,34 +10,36 @@ namespace mnp_fast::cpu {
 namespace {
 
 // An activation and its derivative; what a caller leaves unused is not computed.
+template <class V>
 struct Value {
-  Vec act, slope;
+  V act, slope;
 };
 
 // Where tables end: there a*Q(a) and a*D(a) are below 1e-6.
 constexpr float kGeluTable = 5.5f, kSiluTable = 18.0f;
 
 // Q(a) and D(a) of act.h.
+template <class V>
 struct Tail {
-  Vec q, d;
+  V q, d;
 };
 
 struct Gelu {
   static constexpr float kLimit = kGeluLimit, kStep = kGeluTable / 31.4f;
   static double q(double a) { return 0.5 * __builtin_erfc(a * 0.70710678118654752); }
   static double d(double a) { return 0.39894228040143268 * __builtin_exp(-0.5 * a * a); }
-  template <class T>
-  static MNP_ALWAYS_INLINE Tail tail(Vec a) {
-    const Vec e = exp2<T>(a * a * Vec::fill(-0.5f * kLog2E));
-    return {e * normal_tail<T>(a), e * Vec::fill(0.398942280f)};
+  template <class T, class V>
+  static MNP_ALWAYS_INLINE Tail<V> tail(V a) {
+    const V e = exp2<T>(a * a * V::fill(-0.5f * kLog2E));
+    return {e * normal_tail<T>(a), e * V::fill(0.398942280f)};
   }
 };
 
 // Q(a) = 1/(1 + exp(g)), `slope` being g'(a).
-template <class T>
-MNP_ALWAYS_INLINE Tail logistic_tail(Vec g, Vec slope) {
-  const Vec e = exp2<T>(g * Vec::fill(-kLog2E)), one = Vec::fill(1.0f);
-  const Vec q = e / (one + e);
+template <class T, class V>
+MNP_ALWAYS_INLINE Tail<V> logistic_tail(V g, V slope) {
+  const V e = exp2<T>(g * V::fill(-kLog2E)), one = V::fill(1.0f);
+  const V q = e / (one + e);
   return {q, (q - q * q) * slope};
 }
 
@@ -45,11 +47,11 @@ struct GeluTanh {
   static constexpr float kLimit = kGeluTanhLimit, kStep = kGeluTable / 31.4f;
   static double q(double a) { return 1.0 / (1.0 + __builtin_exp(1.5957691216057308 * (a + 0.044715 * a * a * a))); }
   static double d(double a) { return (q(a) - q(a) * q(a)) * 1.5957691216057308 * (1.0 + 0.134145 * a * a); }
-  template <class T>
-  static MNP_ALWAYS_INLINE Tail tail(Vec a) {
+  template <class T, class V>
+  static MNP_ALWAYS_INLINE Tail<V> tail(V a) {
     constexpr float k = 1.59576912f, cubic = 0.044715f;
-    const Vec square = a * a, one = Vec::fill(k);
-    return logistic_tail<T>(a * fma(square, Vec::fill(k * cubic), one), fma(square, Vec::fill(3.0f * k * cubic), one));
+    const V square = a * a, one = V::fill(k);
+    return logistic_tail<T>(a * fma(square, V::fill(k * cubic), one), fma(square, V::fill(3.0f * k * cubic), one));
   }
 };
 
@@ -57,9 +59,9 @@ struct Silu {
   static constexpr float kLimit = kSiluLimit, kStep = kSiluTable / 31.4f;
   static double q(double a) { return 1.0 / (1.0 + __builtin_exp(a)); }
   static double d(double a) { return q(a) - q(a) * q(a); }
-  template <class T>
-  static MNP_ALWAYS_INLINE Tail tail(Vec a) {
-    return logistic_tail<T>(a, Vec::fill(1.0f));
+  template <class T, class V>
+  static MNP_ALWAYS_INLINE Tail<V> tail(V a) {
+    return logistic_tail<T>(a, V::fill(1.0f));
   }
 };
 
@@ -67,18 +69,19 @@ struct QuickGelu {
   static constexpr float kLimit = kQuickGeluLimit, kStep = kSiluTable / 1.702f / 31.4f;
   static double q(double a) { return 1.0 / (1.0 + __builtin_exp(1.702 * a)); }
   static double d(double a) { return (q(a) - q(a) * q(a)) * 1.702; }
-  template <class T>
-  static MNP_ALWAYS_INLINE Tail tail(Vec a) {
-    const Vec k = Vec::fill(1.702f);
+  template <class T, class V>
+  static MNP_ALWAYS_INLINE Tail<V> tail(V a) {
+    const V k = V::fill(1.702f);
     return logistic_tail<T>(k * a, k);
   }
 };
 
 template <class Curve, class T>
 struct Smooth {
-  MNP_ALWAYS_INLINE Value at(Vec x) const {
-    const Vec a = min(Vec::fill(Curve::kLimit), x.abs()), half = Vec::fill(0.5f);
-    const Tail t = Curve::template tail<T>(a);
+  template <class V>
+  MNP_ALWAYS_INLINE Value<V> at(V x) const {
+    const V a = min(V::fill(Curve::kLimit), x.abs()), half = V::fill(0.5f);
+    const Tail<V> t = Curve::template tail<T>(a);
     return {x.relu() - a * t.q, half + (fma(a, t.d, half) - t.q).negated_with(x)};
   }
 };
@@ -108,27 +111,33 @@ struct Smooth<Curve, BFloat16> {
     for (int i = 0; i < 4; ++i) powers[i] = Table32::load(fitted[i]);
   }
 
-  MNP_ALWAYS_INLINE Value at(Vec x) const {
+  template <class V>
+  MNP_ALWAYS_INLINE Value<V> at(V x) const {
     // Below 31.5: that is as near to 32, of which the low bits are those of 0.
-    const Vec a = min(Vec::fill(31.4f * Curve::kStep), x.abs()), half = Vec::fill(0.5f);
+    const V a = min(V::fill(31.4f * Curve::kStep), x.abs()), half = V::fill(0.5f);
     // Beside this only the number of the cubic is left of a/kStep, in the low bits.
-    const Vec number = fma(a, Vec::fill(1.0f / Curve::kStep), Vec::fill(12582912.0f));
-    const Vec one = powers[1].at(number), two = powers[2].at(number), three = powers[3].at(number);
-    const Vec act = fma(fma(fma(three, a, two), a, one), a, powers[0].at(number));
-    const Vec slope = fma(fma(three * Vec::fill(1.5f), a, two), a + a, one);
+    const V number = fma(a, V::fill(1.0f / Curve::kStep), V::fill(12582912.0f));
+    // p1 + p2*a + p3*a^2 is in both: the cubic is p0 + a times that, its slope that + a*(p2 + 2*p3*a).
+    const V top = powers[3].at(number) * a, upper = powers[2].at(number) + top;
+    const V inner = fma(upper, a, powers[1].at(number));
+    const V act = fma(inner, a, powers[0].at(number)), slope = fma(upper + top, a, inner);
     return {x.relu() - act, half + (half - slope).negated_with(x)};
   }
 };
 #endif
 
 struct Relu {
-  MNP_ALWAYS_INLINE Value at(Vec x) const { return {x.relu(), Vec::fill(1.0f).where_positive(x)}; }
+  template <class V>
+  MNP_ALWAYS_INLINE Value<V> at(V x) const {
+    return {x.relu(), V::fill(1.0f).where_positive(x)};
+  }
 };
 
 template <class F, class T, class Channels>
 void forward_run(const F& f, const Rows& rows, int64_t start, const T* x, T* y, Channels mask, int64_t n) {
-  for_vectors(rows, start, n,
-              [=](int64_t i, auto lanes) { lanes.store(mask.load(i, lanes) * f.at(lanes.take(x + i)).act, y + i); });
+  for_vectors<WideVec>(rows, start, n, [=](int64_t i, auto lanes) {
+    lanes.store(mask.load(i, lanes) * f.at(lanes.take(x + i)).act, y + i);
+  });
 }
 
 template <class T, class F>
@@ -149,13 +158,13 @@ struct Streams {
   T* grad_x;
 };
 
-// One vector of numbers at offset i; returns grad*act(x).
-template <class F, class T, class Lanes>
-MNP_ALWAYS_INLINE Vec backward_one(const F& f, const Streams<T>& t, int64_t i, Lanes lanes, Vec mask) {
-  const Vec g = lanes.take(t.grad + i);
-  const Value value = f.at(lanes.take(t.x + i));
+// One vector of numbers at offset i; returns total + grad*act(x).
+template <class F, class T, class Lanes, class Mask, class Total>
+MNP_ALWAYS_INLINE Total backward_one(const F& f, const Streams<T>& t, int64_t i, Lanes lanes, Mask mask, Total total) {
+  const auto g = lanes.take(t.grad + i);
+  const auto value = f.at(lanes.take(t.x + i));
   if (t.grad_x != nullptr) lanes.store(mask * (value.slope * g), t.grad_x + i);
-  return g * value.act;
+  return fma(g, value.act, total);
 }
 
 template <class F, class T>
@@ -163,8 +172,8 @@ void backward_row(const F f, const MaskedActBackward& p, const Streams<T>& t, in
   const int64_t row = p.blocks.rows.row, start = unit * row;
   const Vec mask = Vec::fill(p.mask[unit % p.blocks.rows.channels]);
   Vec total = Vec::fill(0.0f);
-  for_vectors(p.blocks.rows, start, row,
-              [&](int64_t i, auto lanes) { total = total + backward_one(f, t, start + i, lanes, mask); });
+  for_vectors<WideVec>(p.blocks.rows, start, row,
+                       [&](int64_t i, auto lanes) { total = backward_one(f, t, start + i, lanes, mask, total); });
   p.sum_gact[unit] = sum(total);
 }
 
@@ -174,8 +183,8 @@ void backward_block(const F f, const MaskedActBackward& p, const Streams<T>& t, 
   float* sums = p.sum_gact + unit * row;
   for (int64_t i = 0; i < row; ++i) sums[i] = 0.0f;
   for_rows_of_block(p.blocks, unit, [&](int64_t start, int64_t n) {
-    for_vectors(p.blocks.rows, start, n, [&](int64_t i, auto lanes) {
-      lanes.keep(lanes.load(sums + i) + backward_one(f, t, start + i, lanes, lanes.load(p.mask + i)), sums + i);
+    for_vectors<WideVec>(p.blocks.rows, start, n, [&](int64_t i, auto lanes) {
+      lanes.keep(backward_one(f, t, start + i, lanes, lanes.load(p.mask + i), lanes.load(sums + i)), sums + i);
     });
   });
 }

@@ -10,10 +10,10 @@ namespace {
 constexpr float kLog2E = 1.44269504f;
 
 // Powers of x, x^0 first.
-template <int kCount>
-MNP_ALWAYS_INLINE Vec polynomial(const float (&k)[kCount], Vec x) {
-  Vec sum = Vec::fill(k[kCount - 1]);
-  for (int i = kCount - 2; i >= 0; --i) sum = fma(sum, x, Vec::fill(k[i]));
+template <int kCount, class V>
+MNP_ALWAYS_INLINE V polynomial(const float (&k)[kCount], V x) {
+  V sum = V::fill(k[kCount - 1]);
+  for (int i = kCount - 2; i >= 0; --i) sum = fma(sum, x, V::fill(k[i]));
   return sum;
 }
 
@@ -36,17 +36,17 @@ struct Fit<BFloat16> {
 };
 
 // 2^y for -125 <= y <= 125: 2^round(y) goes into the exponent, the rest, at most a half, through a polynomial.
-template <class T>
-MNP_ALWAYS_INLINE Vec exp2(Vec y) {
+template <class T, class V>
+MNP_ALWAYS_INLINE V exp2(V y) {
   // 1.5 * 2^23: beside it only whole numbers are left of y, in the low bits.
-  const Vec shift = Vec::fill(12582912.0f);
-  const Vec shifted = y + shift;
+  const V shift = V::fill(12582912.0f);
+  const V shifted = y + shift;
   return polynomial(Fit<T>::kExp2, y - (shifted - shift)).times_power(shifted);
 }
 
 // erfcx(a/sqrt(2))/2 for 0 <= a <= kGeluLimit.
-template <class T>
-MNP_ALWAYS_INLINE Vec normal_tail(Vec a) {
+template <class T, class V>
+MNP_ALWAYS_INLINE V normal_tail(V a) {
   return polynomial(Fit<T>::kNormalTail, a);
 }
 

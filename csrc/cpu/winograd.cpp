@@ -99,8 +99,7 @@ MNP_ALWAYS_INLINE void block(const float* v, int64_t v_row, const float* u, int6
   for (int r = 0; r < kCount; ++r) sums[r][0] = sums[r][1] = Vec::fill(0.0f);
   for (int64_t k = 0; k < depth; ++k) {
     const Vec first = Vec::load(u + k * kPanel), second = Vec::load(u + k * kPanel + Vec::kWidth);
-    ask_ahead<kAhead>(u + k * kPanel);
-    ask_ahead<kAhead>(u + k * kPanel + Vec::kWidth);
+    ask_ahead<kAhead, 2 * Vec::kWidth>(u + k * kPanel);
 #pragma GCC unroll 16
     for (int r = 0; r < kCount; ++r) {
       const Vec number = Vec::fill(v[r * v_row + k]);
