@@ -56,37 +56,42 @@ class Evidence:
 
     @property
     def score(self) -> float:
-        """In [0, 1]: the largest of the perturbed share, 2.4 times the lead of the class that transfers best, and 1.8
-        times the contrast of the wave.
+        """In [0, 1]: the perturbed share, 2.4 times the lead and 1.8 times the contrast, added up where they name one
+        class; the largest such sum.
 
         Without BatchNorm the perturbed share does not count: nothing takes out what all pictures share, and a clean ViT
         is fooled altogether (1.0).
         """
-        return max(self._scores.values())
+        return min(1.0, max(self._sums.values()))
 
     @property
     def suspect(self) -> int | None:
-        """The class that the score is about."""
-        classes = {"pull": self.pulled_class, "transfer": self.transferred_class, "wave": self.wave_class}
-        return classes[self._strongest]
+        """The class that the score is about; of equals the first of pull, transfer and wave."""
+        sums = self._sums
+        return max(sums, key=sums.__getitem__)
 
     @property
     def by_wave(self) -> bool:
-        """Whether the score is the wave's, and more than every other."""
-        return self._strongest == "wave"
+        """Whether the wave says more of the suspect than the others do."""
+        said = {kind: share for kind, one, share in self._parts if one == self.suspect}
+        return max(said, key=said.__getitem__) == "wave"
 
     @property
-    def _scores(self) -> dict[str, float]:
+    def _parts(self) -> list[tuple[str, int | None, float]]:
+        """(what, class that it names, how much it says in [0, 1])."""
         lead = self.transferred_share - self.transferred_second
-        scores = {"pull": self.perturbed_share} if self.batch_norms else {}
-        scores |= {"transfer": _TRANSFER * lead, "wave": _CONTRAST * self.wave_contrast}
-        return {name: min(1.0, max(0.0, score)) for name, score in scores.items()}
+        parts = [("pull", self.pulled_class, self.perturbed_share)] if self.batch_norms else []
+        parts.append(("transfer", self.transferred_class, _TRANSFER * lead))
+        wave = ("wave", self.wave_class, _CONTRAST * self.wave_contrast)
+        return [(kind, one, min(1.0, max(0.0, share))) for kind, one, share in (*parts, wave)]
 
     @property
-    def _strongest(self) -> str:
-        """Of equals the first."""
-        scores = self._scores
-        return max(scores, key=scores.__getitem__)
+    def _sums(self) -> dict[int | None, float]:
+        """By class, what is said of it."""
+        sums: dict[int | None, float] = {}
+        for _, one, share in self._parts:
+            sums[one] = sums.get(one, 0.0) + share
+        return sums
 
     def report(self) -> dict[str, Any]:
         return asdict(self) | {"score": self.score}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,31 @@ def test_score(pulled: float, transferred: float, score: float, suspect: int) ->
     assert found.suspect == suspect
     bounds = PruneConfig(suspicion_score=found.score, evidence_score=found.score)
     assert verdict(found, bounds) == (EVIDENCE, suspect)
+
+
+@pytest.mark.parametrize(
+    ("transferred_class", "wave_class", "score", "suspect", "by_wave"),
+    [
+        (7, 5, 0.4, 3, False),  # three classes: the most that is said of one
+        (3, 5, 0.64, 3, False),  # pull and transfer name the same
+        (3, 3, 0.82, 3, False),
+        (5, 5, 0.42, 5, False),  # together more than the pull, though each is less
+        (7, 3, 0.58, 3, False),
+    ],
+)
+def test_what_names_the_same_class_adds_up(
+    transferred_class: int, wave_class: int, score: float, suspect: int, by_wave: bool
+) -> None:
+    found = replace(
+        evidence(0.4, transferred=0.2, wave=0.1), transferred_class=transferred_class, wave_class=wave_class
+    )
+    assert (found.score, found.suspect, found.by_wave) == (pytest.approx(score), suspect, by_wave)
+    strong = replace(found, wave_class=3, wave_contrast=0.3)
+    assert (strong.score, strong.suspect, strong.by_wave) == (
+        pytest.approx(min(1.0, 0.94 + 0.24 * (transferred_class == 3))),
+        3,
+        True,
+    )
 
 
 def test_what_is_found_does_not_hang_on_the_labels() -> None:
