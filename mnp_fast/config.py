@@ -61,7 +61,8 @@ class PruneConfig:
     accuracy_limit: float = 0.15
     """Accuracy that pruning may cost before fine-tuning where a target is suspected, in [0, 1]. Measured."""
     unsuspected_limit: float = 0.08
-    """The same where none is, in [0, 1]. Measured."""
+    """The same where none is, in [0, 1], for a score next to `suspicion_score`; it falls to 0, no more than chance explains,
+    at half of that score. Measured."""
 
     finetune_epochs: int = 15
     """Passes of fine-tuning over the learning pictures, pruned neurons held at zero; 0 for none. Measured."""
@@ -71,6 +72,10 @@ class PruneConfig:
     """Share of the pictures that fine-tuning perturbs, in [0, 1]. Measured."""
     distillation: float = 0.5
     """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
+    unsuspected_rate: float = 3e-3
+    """First learning rate of fine-tuning where no target is suspected. Measured."""
+    unsuspected_distillation: float = 1.0
+    """Weight of those answers where none is: by default nothing else is learned. Measured."""
 
     evidence_score: float = 0.9
     """Score (docs/method.md, "Verdict") from which there is "evidence of a backdoor". Measured."""
@@ -120,6 +125,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "perturbed_pictures": (0, 1),
     "finetune_rate": (_TINY, 1.0),
     "distillation": (0, 1),
+    "unsuspected_rate": (_TINY, 1.0),
+    "unsuspected_distillation": (0, 1),
     "evidence_score": (0, 1),
     "suspicion_score": (0, 1),
 }

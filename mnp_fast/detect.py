@@ -153,3 +153,13 @@ def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
     if evidence.score >= config.suspicion_score:
         return SUSPICIOUS, evidence.suspect
     return NONE_FOUND, None
+
+
+def accuracy_limit(evidence: Evidence, config: PruneConfig) -> float:
+    """Accuracy that pruning may cost before fine-tuning.
+
+    Where nothing is suspected it grows with the score: attacked networks that are missed are mostly missed narrowly.
+    """
+    if evidence.score >= config.suspicion_score:
+        return config.accuracy_limit
+    return config.unsuspected_limit * max(0.0, 2 * evidence.score / config.suspicion_score - 1)

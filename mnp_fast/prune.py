@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mnp_fast import __version__
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
-from mnp_fast.detect import Evidence, commonest, verdict, weigh
+from mnp_fast.detect import Evidence, accuracy_limit, commonest, verdict, weigh
 from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked, prune_
@@ -73,8 +73,8 @@ def prune(
         perturbations = run.perturb(suppressed, evidence, target)
         mask, order = run.learn_masks(suppressed, perturbations)
         del suppressed
-        selection = run.select(mask, order, target is not None)
-        repaired = run.repair(selection, perturbations)
+        selection = run.select(mask, order, accuracy_limit(evidence, run.config))
+        repaired = run.repair(selection, perturbations, target is not None)
     return run.result(evidence, mask, selection, repaired, triggered)
 
 
@@ -271,18 +271,21 @@ class _Run:
             entry |= _ends(trace) | {"steps": len(trace.loss), "below_one": int((mask < 1).sum())}
         return mask, order
 
-    def select(self, mask: Tensor, order: Tensor, suspected: bool) -> Selection:
+    def select(self, mask: Tensor, order: Tensor, limit: float) -> Selection:
         with self.stage("select") as entry:
             self.bar.stage("select", None)
-            limit = self.config.accuracy_limit if suspected else self.config.unsuspected_limit
             chosen = select(mask, order, self.plain, self.sites, self.learning, self.held, limit, self.config, self.how)
             with masked(self.plain, self.sites, chosen.keep.float(), how=self.how):
                 entry |= self.held_back_metrics(self.plain)
             entry |= {"low": chosen.low, "pruned": chosen.pruned}
         return chosen
 
-    def repair(self, chosen: Selection, perturbations: Tensor) -> nn.Module:
+    def repair(self, chosen: Selection, perturbations: Tensor, suspected: bool) -> nn.Module:
         """A pruned and fine-tuned copy, in the precision, on the device and with the flags of the caller's model."""
+        config = self.config
+        if not suspected:
+            rate, distillation = config.unsuspected_rate, config.unsuspected_distillation
+            config = replace(config, finetune_rate=rate, distillation=distillation)
         repaired = copy.deepcopy(self.model).eval()
         if not chosen.pruned and not self.config.finetune_epochs:
             return repaired  # not by way of float32
@@ -297,7 +300,7 @@ class _Run:
                     chosen.keep,
                     perturbations,
                     self.learning,
-                    self.config,
+                    config,
                     self.generator,
                     self.bar,
                     self.how,

@@ -174,7 +174,7 @@ def test_where_nothing_is_pruned_the_model_is_finetuned_all_the_same(model: nn.M
 
 
 @pytest.mark.parametrize("suspected", [True, False])
-def test_perturbed_towards_the_suspect_or_else_the_class_that_was_searched(
+def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_searched(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, suspected: bool
 ) -> None:
     """Class 3 is pulled into best in the search, class 2 is the commonest and pulled into best for evidence."""
@@ -236,6 +236,8 @@ def test_perturbed_towards_the_suspect_or_else_the_class_that_was_searched(
     assert masks[2] is given[-1]
     ((finetune, _),) = asked["finetune_"]
     assert finetune[4] is given[-1]
+    gentle = {"finetune_rate": config.unsuspected_rate, "distillation": config.unsuspected_distillation}
+    assert finetune[6] == (config if suspected else replace(config, **gentle))
 
 
 def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model: nn.Module) -> None:
