@@ -61,7 +61,7 @@ class PruneConfig:
     accuracy_limit: float = 0.15
     """Accuracy that pruning may cost before fine-tuning where a target is suspected, in [0, 1]. Measured."""
     unsuspected_limit: float = 0.08
-    """The same where none is, in [0, 1], for a score next to `suspicion_score`; it falls to 0, no more than chance explains,
+    """The same where none is, in [0, 1], for a score next to `suspicion_score`; it falls to 0, what chance explains,
     at half of that score. Measured."""
 
     finetune_epochs: int = 15
