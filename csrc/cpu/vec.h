@@ -283,8 +283,8 @@ struct Vec {
 #endif
 
 #if defined(__AVX512F__)
-// Two vectors, each step of both before the next of either: with 32 registers there is room for both, and what waits
-// for its operands is less, where long chains of steps fill the processor's list of waiting instructions.
+// Two vectors, each step of both before the next of either, for which 32 registers have room. Both together become
+// bfloat16 for what one costs.
 struct Vec2 {
   static constexpr int64_t kWidth = 2 * Vec::kWidth;
   Vec a, b;
@@ -320,7 +320,7 @@ struct Vec2 {
 
  private:
 #if defined(__AVX512BF16__)
-  // Two for what one costs: .75 ns both.
+  // .75 ns, as for one vector.
   __m512i narrow() const { return (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v); }
 #else
   __m512i narrow() const { return _mm512_inserti64x4(_mm512_castsi256_si512(a.narrow()), b.narrow(), 1); }
