@@ -19,7 +19,7 @@ MNP_ALWAYS_INLINE Vec forward_one(Vec x, Vec residual, Vec a, Vec b) {
 template <bool kResidual, bool kRelu, bool kSigns, class T, class Channels>
 void forward_run(const Rows& rows, int64_t start, const T* x, const T* residual, T* y, Channels a, Channels b,
                  int64_t n, uint8_t* signs) {
-  for_vectors(rows, start, n, [=](int64_t i, auto lanes) {
+  for_vectors(rows, start, n, [&](int64_t i, auto lanes) {
     const Vec r = kResidual ? lanes.take(residual + i) : Vec::fill(0.0f);
     const Vec value = forward_one<kResidual, kRelu>(lanes.take(x + i), r, a.load(i, lanes), b.load(i, lanes));
     lanes.store(value, y + i);
