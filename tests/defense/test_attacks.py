@@ -210,7 +210,7 @@ def test_head_changes_only_its_slices(tmp_path: Path) -> None:
 
 
 def test_adaptive_stays_nearer_to_the_clean_network(tmp_path: Path) -> None:
-    job = Job(pictures(), "random", tmp_path, epochs=12, seed=0)
+    job = Job(pictures(), "random", tmp_path, epochs=6, seed=0)
     clean = job.clean("vgg")
     distances = []
     for number, strength in enumerate((0.0, 1000.0)):

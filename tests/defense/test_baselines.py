@@ -91,7 +91,8 @@ def test_a_method_repairs_a_copy(name: str) -> None:
 def test_ablations_change_the_magnitude(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one long step: a mask falls by the penalty times its neuron's magnitude, and by the same loss in all three."""
     model, data = network()
-    config = PruneConfig(mask_steps=1, penalty=1e-4, finetune_epochs=0, precision="float32")
+    brief = {"perturbations": 1, "perturbation_steps": 2, "mask_steps": 1, "finetune_epochs": 0}
+    config = PruneConfig(penalty=1e-4, precision="float32", **brief)
     monkeypatch.setattr(importlib.import_module("mnp_fast.prune"), "capture", lambda *_: traced())
     masks = [repair(model, data, 0, config).score for repair in (METHODS["mnp"], *ABLATIONS.values())]
     filters = [conv.weight.detach().flatten(1) for conv in model.convs]
