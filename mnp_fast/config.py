@@ -35,15 +35,15 @@ class PruneConfig:
     """At most so many passes over the learning pictures in clean suppression."""
 
     perturbations: int = 6
-    """Universal perturbations on the suppressed model: so many for evidence, and again for repair. Measured."""
+    """Universal perturbations: so many on the suppressed model for evidence, and as many again for repair. Measured."""
     perturbation_steps: int = 20
     """Steps that each of them takes. Measured."""
     evidence_size: float = 0.5
     """Size of those for evidence, made with batch statistics: their L2 norm over the mean L2 norm of the pictures'
     deviation from the mean of each channel. Measured."""
     perturbation_size: float = 0.4
-    """The same of those for masks and fine-tuning, made with recalibrated statistics; a quarter of it in the search for
-    the class. Measured."""
+    """The same of those for masks and fine-tuning, made with fixed statistics; a quarter of it in the search for the
+    class. Measured."""
     unsuspected_size: float = 0.2
     """The same where no target is suspected, a precaution against what the verdict misses. Measured."""
 

@@ -33,12 +33,12 @@ def preserve(logits: Tensor, labels: Tensor, alpha: float) -> Tensor:
     return (1 - alpha) * F.cross_entropy(logits.float(), labels)
 
 
-def pull(suppressed_logits: Tensor, target: Tensor) -> Tensor:
+def pull(logits: Tensor, target: Tensor) -> Tensor:
     """Loss of a universal perturbation: cross-entropy of the perturbed pictures as if all were of class ``target``.
 
-    suppressed_logits: (b, classes) floating; target: () int64. Returns a scalar.
+    logits: (b, classes) floating; target: () int64. Returns a scalar.
     """
-    return F.cross_entropy(suppressed_logits.float(), target.expand(len(suppressed_logits)))
+    return F.cross_entropy(logits.float(), target.expand(len(logits)))
 
 
 def repair_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, distillation: float) -> Tensor:

@@ -97,7 +97,7 @@ def suppress_(
 
 
 def perturb(
-    suppressed: nn.Module,
+    network: nn.Module,
     targets: Sequence[int],
     sites: Sequence[Site],
     data: DefenceSet,
@@ -114,10 +114,10 @@ def perturb(
     """Universal perturbations (Moosavi-Dezfooli et al., arXiv 1610.08401), one for each class of ``targets``.
 
     Each is one picture that is added to all: normalised gradient steps from a random start, kept within a ball. What
-    pulls every picture into a class at once does what the trigger does, and the suppressed model, whose clean function
-    is gone, shows little else. With batch statistics the norms take out much of what all pictures share, triggers too:
-    what pulls even so is evidence. With recalibrated ones (`recalibrate_`) triggers work in full (docs/decisions.md),
-    and half a batch is enough for a step.
+    pulls every picture into a class at once does what the trigger does; the suppressed model, whose clean function is
+    gone, shows little else, and in the model itself it is near the trigger of a class that is known. With batch
+    statistics the norms take out much of what all pictures share, triggers too: what pulls even so is evidence. With
+    fixed ones (`recalibrate_`) triggers work in full (docs/decisions.md), and half a batch is enough for a step.
 
     size: L2 norm over the mean L2 norm of the pictures' deviation from the mean of each channel. start: where to go on
     from, as this returns it; without, each starts from noise. Returns
@@ -128,7 +128,7 @@ def perturb(
 
     def moved(images: Tensor, wanted: Tensor, perturbation: Tensor) -> tuple[Tensor]:
         perturbation = perturbation.detach().requires_grad_()
-        loss = pull(logits_of(suppressed(images + perturbation)), wanted)
+        loss = pull(logits_of(network(images + perturbation)), wanted)
         (gradient,) = torch.autograd.grad(loss, perturbation)
         with torch.no_grad():
             further = perturbation - gradient * (_PERTURBATION_STEP * radius / gradient.norm().clamp_min(1e-12))
@@ -136,7 +136,7 @@ def perturb(
 
     move = Replayed(moved, (), how.recorder)
     found = []
-    with masked(suppressed, sites, ones, batch_statistics=batch_statistics, how=how):
+    with masked(network, sites, ones, batch_statistics=batch_statistics, how=how):
         for number, target in enumerate(targets):
             others = data.subset(data.labels != target)
             pictures = others if len(others) else data
@@ -196,7 +196,7 @@ def learn_masks(
 ) -> tuple[Tensor, Tensor, Trace]:
     """Masks that raise the suppressed model's accuracy while the model keeps its own; projected SGD on [0, 1].
 
-    The suppressed model has recalibrated statistics and sees pictures with perturbations, as `perturb` gives them,
+    The suppressed model, which may be a copy of the model, sees pictures with perturbations, as `perturb` gives them,
     scaled by random numbers from 0 to 1: what pulls them is near to the trigger, and the neurons that carry it fall
     first (docs/decisions.md, "Perturbed pictures for the masks"). The model sees the pictures as they are.
     perturbations: (k, ...) in the shape of a picture. magnitude: (neurons,) float32. Returns (masks, order, trace):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import resource
 import sys
 import time
@@ -71,6 +72,8 @@ def prune(
         suppressed, evidence = run.expose()
         target = verdict(evidence, run.config)[1]
         perturbations = run.perturb(suppressed, evidence, target)
+        if target is None:
+            suppressed = run.working_copy()  # suppression exposed nothing, and what it broke misleads the masks
         mask, order = run.learn_masks(suppressed, perturbations)
         del suppressed
         selection = run.select(mask, order, accuracy_limit(evidence, run.config))
@@ -199,15 +202,19 @@ class _Run:
         return self.pulled(suppressed, found, tried), transferred
 
     def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None) -> Tensor:
-        """Perturbations for masks and fine-tuning: towards the suspected class, or else the two that were weighed.
+        """Perturbations for masks and fine-tuning: towards the suspected class, made on the model itself, or else
+        towards the two that were weighed, half of them made on the suppressed model.
 
         Where the verdict rests on a wave it makes as many more: alone it left BadNets, which it had named, as it was.
         """
-        size = self.config.unsuspected_size if target is None else self.config.perturbation_size
-        classes = [evidence.searched_class, evidence.pulled_class] if target is None else [target]
-        towards = [classes[number % len(classes)] for number in range(self.config.perturbations)]
+        if target is None:
+            size, networks = self.config.unsuspected_size, [suppressed, self.plain]
+            classes = [evidence.searched_class, evidence.pulled_class]
+        else:
+            size, networks, classes = self.config.perturbation_size, [self.plain], [target]
+        towards = [classes[n % len(classes)] for n in range(math.ceil(self.config.perturbations / len(networks)))]
         with self.stage("perturb"):
-            found = self.perturbations("perturb", suppressed, towards, size)
+            found = torch.cat([self.perturbations("perturb", network, towards, size) for network in networks])
         if target is not None and evidence.by_wave and self.wave is not None:
             found = torch.cat([found, self.wave.picture.expand_as(found)])
         return found
@@ -226,7 +233,7 @@ class _Run:
     def perturbations(
         self,
         stage: str,
-        suppressed: nn.Module,
+        network: nn.Module,
         targets: list[int],
         size: float,
         steps: int | None = None,
@@ -236,7 +243,7 @@ class _Run:
         steps = self.config.perturbation_steps if steps is None else steps
         self.bar.stage(stage, len(targets) * steps)
         return perturb(
-            suppressed,
+            network,
             targets,
             self.sites,
             self.learning,

@@ -177,7 +177,11 @@ def test_where_nothing_is_pruned_the_model_is_finetuned_all_the_same(model: nn.M
 def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_searched(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, suspected: bool
 ) -> None:
-    """Class 3 is pulled into best in the search, class 2 is the commonest and pulled into best for evidence."""
+    """Class 3 is pulled into best in the search, class 2 is the commonest and pulled into best for evidence.
+
+    Towards a suspect perturbations are made on the model; else half of them, and the model takes the place of the
+    suppressed one in the masks.
+    """
     config = replace(ALWAYS if suspected else SHORT, perturbations=4)
     inner_weigh = prune_module.weigh
 
@@ -221,21 +225,27 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     assert result.suspected_target == (2 if suspected else None)
     _, entry, weighing, *_ = result.history
     assert (weighing["classes"], weighing["perturbations"]) == ([3, 2], 4)
-    searched, farther, weighed, repair = asked["perturb"]
+    searched, farther, weighed, *repairs = asked["perturb"]
     size, steps = config.perturbation_size if suspected else config.unsuspected_size, config.perturbation_steps
     assert searched[0][1] == farther[0][1] == [2, 1, 3, 0]
     small = {"size": config.perturbation_size / 4, "batch_statistics": False}
     assert searched[1] == small | {"steps": steps // 2, "start": None}
     assert farther[1] == small | {"steps": steps, "start": given[0]}
     assert weighed[0][1] == [3, 3, 2, 2]
-    assert repair[0][1] == ([2] * 4 if suspected else [3, 2, 3, 2])
+    assert [repair[0][1] for repair in repairs] == ([[2] * 4] if suspected else [[3, 2], [3, 2]])
     assert weighed[1] == {"size": config.evidence_size, "steps": steps, "start": None, "batch_statistics": True}
-    assert repair[1] == {"size": size, "steps": steps, "start": None, "batch_statistics": False}
+    for _, options in repairs:
+        assert options == {"size": size, "steps": steps, "start": None, "batch_statistics": False}
     assert (entry["class"], entry["tried"]) == (3, 4)
     ((masks, _),) = asked["learn_masks"]
-    assert masks[2] is given[-1]
+    plain, eliminated = masks[:2]
+    exposed = searched[0][0]
+    assert [repair[0][0] for repair in repairs] == ([plain] if suspected else [exposed, plain])
+    assert (eliminated is exposed) == suspected
+    assert equal(dict(eliminated.state_dict()), dict(model.state_dict())) != suspected
+    assert torch.equal(masks[2], torch.cat(given[3:]))
     ((finetune, _),) = asked["finetune_"]
-    assert finetune[4] is given[-1]
+    assert finetune[4] is masks[2]
     gentle = {"finetune_rate": config.unsuspected_rate, "distillation": config.unsuspected_distillation}
     assert finetune[6] == (config if suspected else replace(config, **gentle))
 
