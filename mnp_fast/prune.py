@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import resource
 import sys
 import time
@@ -212,9 +211,10 @@ class _Run:
             classes = [evidence.searched_class, evidence.pulled_class]
         else:
             size, networks, classes = self.config.perturbation_size, [self.plain], [target]
-        towards = [classes[n % len(classes)] for n in range(math.ceil(self.config.perturbations / len(networks)))]
+        towards = [classes[n // len(networks) % len(classes)] for n in range(self.config.perturbations)]
+        parts = [(network, towards[n :: len(networks)]) for n, network in enumerate(networks)]
         with self.stage("perturb"):
-            found = torch.cat([self.perturbations("perturb", network, towards, size) for network in networks])
+            found = torch.cat([self.perturbations("perturb", network, part, size) for network, part in parts if part])
         if target is not None and evidence.by_wave and self.wave is not None:
             found = torch.cat([found, self.wave.picture.expand_as(found)])
         return found

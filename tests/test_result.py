@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from mnp_fast import FileError, MnpFastError, PruneConfig, PruneResult, prune, scan
 from mnp_fast.io import read_weights, save_files
 
+# Always a suspect, so that something is pruned.
 CONFIG = PruneConfig(
-    batch_size=40, suppression_stop=0.4, suppression_rate=0.02, mask_steps=40, perturbation_steps=3, finetune_epochs=1
+    batch_size=40,
+    suppression_stop=0.4,
+    suppression_rate=0.02,
+    mask_steps=40,
+    perturbation_steps=3,
+    finetune_epochs=1,
+    evidence_score=0,
+    suspicion_score=0,
 )
 
 
