@@ -12,22 +12,11 @@ import pytest
 import torch
 from networks import snapshot
 from test_optimize import quadrants, small, taught
+from test_prune import ALWAYS
 from torch import Tensor, nn
 
-from mnp_fast import FileError, MnpFastError, PruneConfig, PruneResult, prune, scan
+from mnp_fast import FileError, MnpFastError, PruneResult, prune, scan
 from mnp_fast.io import read_weights, save_files
-
-# Always a suspect, so that something is pruned.
-CONFIG = PruneConfig(
-    batch_size=40,
-    suppression_stop=0.4,
-    suppression_rate=0.02,
-    mask_steps=40,
-    perturbation_steps=3,
-    finetune_epochs=1,
-    evidence_score=0,
-    suspicion_score=0,
-)
 
 
 def loader() -> list[tuple[Tensor, Tensor]]:
@@ -37,7 +26,7 @@ def loader() -> list[tuple[Tensor, Tensor]]:
 @pytest.fixture(scope="module")
 def result() -> PruneResult:
     torch.manual_seed(0)
-    found = prune(taught(small()), loader(), CONFIG, triggered_loader=loader(), progress=False)
+    found = prune(taught(small()), loader(), ALWAYS, triggered_loader=loader(), progress=False)
     assert any(found.pruned.values())
     return found
 
@@ -96,7 +85,7 @@ def test_report(result: PruneResult, saved: Path) -> None:
     assert type(report["schema_version"]) is int
     assert report["kind"] == "prune"
     assert report["verdict"] in ("evidence of a backdoor", "suspicious", "no evidence found")
-    assert report["run"]["config"] == strict(json.dumps(CONFIG.__dict__))
+    assert report["run"]["config"] == strict(json.dumps(ALWAYS.__dict__))
     assert report["run"]["seed"] == 0
     assert report["metrics"]["asr_before"] == result.metrics["asr_before"]
     assert [entry["stage"] for entry in report["history"]] == [
@@ -200,7 +189,7 @@ def test_truncated_weights(saved: Path) -> None:
 
 def test_the_report_of_a_scan_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    found = scan(taught(small()), loader(), CONFIG, progress=False)
+    found = scan(taught(small()), loader(), ALWAYS, progress=False)
     save_files(tmp_path, tensors={}, report=found.report())
     report = strict((tmp_path / "report.json").read_text())
     assert report["kind"] == "scan"
