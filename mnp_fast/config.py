@@ -44,8 +44,6 @@ class PruneConfig:
     perturbation_size: float = 0.4
     """The same of those for masks and fine-tuning, made with fixed statistics; a quarter of it in the search for the
     class. Measured."""
-    unsuspected_size: float = 0.2
-    """The same where no target is suspected, a precaution against what the verdict misses. Measured."""
 
     alpha: float = 0.3
     """Weight of the loss of the suppressed model against that of the model itself, in [0, 1]. Measured."""
@@ -60,22 +58,15 @@ class PruneConfig:
     """Neurons whose masks are up to this may be pruned, in [0, 1). Measured."""
     accuracy_limit: float = 0.15
     """Accuracy that pruning may cost before fine-tuning where a target is suspected, in [0, 1]. Measured."""
-    unsuspected_limit: float = 0.08
-    """The same where none is, in [0, 1], for a score next to `suspicion_score`; it falls to 0, what chance explains,
-    at half of that score. Measured."""
 
     finetune_epochs: int = 15
     """Passes of fine-tuning over the learning pictures, pruned neurons held at zero; 0 for none. Measured."""
     finetune_rate: float = 1e-2
     """First learning rate of fine-tuning, annealed to 0 by a cosine; gradients are clipped to norm 1. Measured."""
-    perturbed_pictures: float = 0.2
+    perturbed_pictures: float = 0.3
     """Share of the pictures that fine-tuning perturbs, in [0, 1]. Measured."""
-    distillation: float = 0.5
+    distillation: float = 0.7
     """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
-    unsuspected_rate: float = 3e-3
-    """First learning rate of fine-tuning where no target is suspected. Measured."""
-    unsuspected_distillation: float = 1.0
-    """Weight of those answers where none is: by default nothing else is learned. Measured."""
 
     evidence_score: float = 0.9
     """Score (docs/method.md, "Verdict") from which there is "evidence of a backdoor". Measured."""
@@ -104,7 +95,7 @@ class PruneConfig:
 
 
 _PRECISIONS = ("auto", "float32", "bfloat16")
-_TINY = 1e-9
+_TINY = 1e-30
 _RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (2, math.inf),
     "held_back": (0.01, 0.9),
@@ -115,18 +106,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "perturbation_steps": (1, math.inf),
     "evidence_size": (_TINY, math.inf),
     "perturbation_size": (_TINY, math.inf),
-    "unsuspected_size": (_TINY, math.inf),
     "alpha": (0, 1),
     "mask_rate": (_TINY, math.inf),
     "mask_steps": (1, math.inf),
     "threshold": (0, 0.99),
     "accuracy_limit": (0, 1),
-    "unsuspected_limit": (0, 1),
     "perturbed_pictures": (0, 1),
     "finetune_rate": (_TINY, 1.0),
     "distillation": (0, 1),
-    "unsuspected_rate": (_TINY, 1.0),
-    "unsuspected_distillation": (0, 1),
     "evidence_score": (0, 1),
     "suspicion_score": (0, 1),
 }

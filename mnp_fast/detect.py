@@ -155,11 +155,12 @@ def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
     return NONE_FOUND, None
 
 
-def accuracy_limit(evidence: Evidence, config: PruneConfig) -> float:
-    """Accuracy that pruning may cost before fine-tuning.
+def repair_strength(evidence: Evidence, config: PruneConfig) -> float:
+    """How strong the repair is, in [0, 1]: 1 where a class is suspected.
 
-    Where nothing is suspected it grows with the score: attacked networks that are missed are mostly missed narrowly.
+    Where none is, it grows with the score, from 0 at half of `suspicion_score`: attacked networks that are missed are
+    mostly missed narrowly, and what is far from suspicion is to stay as it is.
     """
     if evidence.score >= config.suspicion_score:
-        return config.accuracy_limit
-    return config.unsuspected_limit * max(0.0, 2 * evidence.score / config.suspicion_score - 1)
+        return 1.0
+    return max(0.0, 2 * evidence.score / config.suspicion_score - 1)

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mnp_fast import __version__
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
-from mnp_fast.detect import Evidence, accuracy_limit, commonest, verdict, weigh
+from mnp_fast.detect import Evidence, commonest, repair_strength, verdict, weigh
 from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked, prune_
@@ -47,8 +47,9 @@ def prune(
 ) -> PruneResult:
     """Look for a backdoor in an image classifier and prune the neurons that carry it.
 
-    Where none is suspected, the copy is still pruned a little and fine-tuned, as a precaution against what the verdict
-    misses; `scan` gives the verdict alone. Stages: docs/method.md.
+    Where none is suspected, but the score is above half of what is suspicious, the copy is still pruned a little and
+    fine-tuned, the more the higher the score, as a precaution against what the verdict misses; below it stays as it
+    came. `scan` gives the verdict alone. Stages: docs/method.md.
 
     model: any nn.Module whose output is logits (b, classes), or has them as ``.logits``; in any mode, on any device. It
         is never changed, also where the run fails or is interrupted; the result holds a repaired copy.
@@ -70,13 +71,18 @@ def prune(
     with run.stages():
         suppressed, evidence = run.expose()
         target = verdict(evidence, run.config)[1]
-        perturbations = run.perturb(suppressed, evidence, target)
-        if target is None:
-            suppressed = run.working_copy()  # suppression exposed nothing, and what it broke misleads the masks
-        mask, order = run.learn_masks(suppressed, perturbations)
-        del suppressed
-        selection = run.select(mask, order, accuracy_limit(evidence, run.config))
-        repaired = run.repair(selection, perturbations, target is not None)
+        strength = repair_strength(evidence, run.config)
+        if strength:
+            config = _gentler(run.config, strength)
+            perturbations = run.perturb(suppressed, evidence, target, config.perturbation_size)
+            if target is None:
+                suppressed = run.working_copy()  # suppression exposed nothing, and what it broke misleads the masks
+            mask, order = run.learn_masks(suppressed, perturbations)
+            del suppressed
+            selection = run.select(mask, order, config.accuracy_limit)
+            repaired = run.repair(selection, perturbations, config)
+        else:
+            mask, selection, repaired = run.untouched()
     return run.result(evidence, mask, selection, repaired, triggered)
 
 
@@ -200,17 +206,16 @@ class _Run:
         found = self.perturbations("search", suppressed, tried, size, steps, start=early)
         return self.pulled(suppressed, found, tried), transferred
 
-    def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None) -> Tensor:
+    def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None, size: float) -> Tensor:
         """Perturbations for masks and fine-tuning: towards the suspected class, made on the model itself, or else
         towards the two that were weighed, half of them made on the suppressed model.
 
         Where the verdict rests on a wave it makes as many more: alone it left BadNets, which it had named, as it was.
         """
         if target is None:
-            size, networks = self.config.unsuspected_size, [suppressed, self.plain]
-            classes = [evidence.searched_class, evidence.pulled_class]
+            networks, classes = [suppressed, self.plain], [evidence.searched_class, evidence.pulled_class]
         else:
-            size, networks, classes = self.config.perturbation_size, [self.plain], [target]
+            networks, classes = [self.plain], [target]
         towards = [classes[n // len(networks) % len(classes)] for n in range(self.config.perturbations)]
         parts = [(network, towards[n :: len(networks)]) for n, network in enumerate(networks)]
         with self.stage("perturb"):
@@ -287,18 +292,19 @@ class _Run:
             entry |= {"low": chosen.low, "pruned": chosen.pruned}
         return chosen
 
-    def repair(self, chosen: Selection, perturbations: Tensor, suspected: bool) -> nn.Module:
+    def untouched(self) -> tuple[Tensor, Selection, nn.Module]:
+        """Masks of ones, nothing pruned, the model as it came."""
+        ones = torch.ones_like(self.magnitude)
+        return ones, Selection(ones.bool(), -1.0, 0, 0), copy.deepcopy(self.model).eval()
+
+    def repair(self, chosen: Selection, perturbations: Tensor, config: PruneConfig) -> nn.Module:
         """A pruned and fine-tuned copy, in the precision, on the device and with the flags of the caller's model."""
-        config = self.config
-        if not suspected:
-            rate, distillation = config.unsuspected_rate, config.unsuspected_distillation
-            config = replace(config, finetune_rate=rate, distillation=distillation)
         repaired = copy.deepcopy(self.model).eval()
-        if not chosen.pruned and not self.config.finetune_epochs:
+        if not chosen.pruned and not config.finetune_epochs:
             return repaired  # not by way of float32
         working = self.working_copy()
         prune_(working, self.sites, chosen.keep)
-        if self.config.finetune_epochs:
+        if config.finetune_epochs:
             with self.stage("fine-tune") as entry:
                 trace = finetune_(
                     working,
@@ -394,6 +400,17 @@ def _accuracy(network: nn.Module, data: DefenceSet, config: PruneConfig, like: T
     """Share of pictures put into the class of their label, by the network as the caller has it."""
     out = predict(network, DefenceSet(data.images.to(like.dtype), data.labels), config.batch_size, like.device)
     return int((out.argmax(1) == data.labels).sum()) / len(data)
+
+
+def _gentler(config: PruneConfig, strength: float) -> PruneConfig:
+    """The settings of a repair of such strength in (0, 1]: less is perturbed, pruned and learned from the labels."""
+    return replace(
+        config,
+        perturbation_size=strength * config.perturbation_size,
+        accuracy_limit=strength * config.accuracy_limit,
+        finetune_rate=strength * config.finetune_rate,
+        distillation=1 - strength * (1 - config.distillation),
+    )
 
 
 def _ends(trace: Trace) -> dict[str, Any]:

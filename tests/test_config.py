@@ -86,14 +86,7 @@ def test_the_least_of_each() -> None:
         refused(**{name: 0})
         assert getattr(PruneConfig(**{name: 1}), name) == 1
     refused(batch_size=1)  # batch statistics need two
-    for name in (
-        "suppression_rate",
-        "evidence_size",
-        "perturbation_size",
-        "unsuspected_size",
-        "mask_rate",
-        "finetune_rate",
-    ):
+    for name in ("suppression_rate", "evidence_size", "perturbation_size", "mask_rate", "finetune_rate"):
         refused(**{name: 0})
     for name in ("penalty", "weight_decay", "finetune_epochs"):
         assert getattr(PruneConfig(**{name: 0}), name) == 0

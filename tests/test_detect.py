@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mnp_fast import PruneConfig
-from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, accuracy_limit, commonest, verdict, weigh
+from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, commonest, repair_strength, verdict, weigh
 from mnp_fast.waves import Wave
 
 
@@ -238,13 +238,12 @@ def test_weigh_takes_the_wave_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("score", "limit"), [(0.0, 0.0), (0.3, 0.0), (0.4, 0.0), (0.6, 0.05), (0.72, 0.08), (0.8, 0.3), (1.0, 0.3)]
+    ("score", "strength"),
+    [(0.0, 0.0), (0.3, 0.0), (0.4, 0.0), (0.5, 0.25), (0.6, 0.5), (0.72, 0.8), (0.8, 1.0), (1.0, 1.0)],
 )
-def test_the_precaution_grows_with_the_score(score: float, limit: float) -> None:
-    config = PruneConfig(suspicion_score=0.8, accuracy_limit=0.3, unsuspected_limit=0.1)
-    assert accuracy_limit(evidence(score), config) == pytest.approx(limit)
+def test_the_precaution_grows_with_the_score(score: float, strength: float) -> None:
+    assert repair_strength(evidence(score), PruneConfig(suspicion_score=0.8)) == pytest.approx(strength)
 
 
-def test_there_is_a_limit_where_everything_is_suspicious() -> None:
-    config = PruneConfig(suspicion_score=0.0, accuracy_limit=0.3)
-    assert accuracy_limit(evidence(0.0), config) == 0.3
+def test_where_everything_is_suspicious_the_repair_is_whole() -> None:
+    assert repair_strength(evidence(0.0), PruneConfig(suspicion_score=0.0)) == 1.0

@@ -8,7 +8,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -173,6 +173,24 @@ def test_where_nothing_is_pruned_the_model_is_finetuned_all_the_same(model: nn.M
     assert result.metrics["clean_accuracy_after"] == result.metrics["clean_accuracy_before"]
 
 
+def test_far_from_suspicion_the_model_stays_as_it_is(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = prune_module.weigh
+    monkeypatch.setattr(
+        prune_module, "weigh", lambda *args: replace(inner(*args), perturbed_share=0.5, transferred_share=0.0)
+    )
+    result = run(model, config=SHORT)
+    assert result.evidence["score"] == 0.5
+    assert result.suspected_target is None
+    assert equal(state(result), dict(model.state_dict()))
+    assert result.model is not model
+    assert all(bool((mask == 1).all()) for mask in result.masks.values())
+    assert [len(mask) for mask in result.masks.values()] == [8, 8]
+    assert not any(result.pruned.values())
+    assert result.threshold == -1
+    assert [entry["stage"] for entry in result.history] == list(NAMES[:3])
+    assert result.metrics["clean_accuracy_after"] == result.metrics["clean_accuracy_before"]
+
+
 @pytest.mark.parametrize("suspected", [True, False])
 def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_searched(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, suspected: bool
@@ -197,7 +215,7 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
         assert transferred == {2: 0.1, 1: 0.3, 3: 0.2, 0: 0.0}
         found = inner_weigh(logits, labels, perturbed, transferred, wave, True)
         assert (found.transferred_class, found.transferred_share, found.transferred_second) == (1, 0.3, 0.2)
-        return replace(found, classes=5, pulled_class=2, perturbed_share=0.5)
+        return replace(found, classes=5, pulled_class=2, perturbed_share=0.75)
 
     monkeypatch.setattr(prune_module, "weigh", weighed_2)
     asked: dict[str, list[Any]] = {"perturb": [], "learn_masks": [], "finetune_": []}
@@ -226,7 +244,10 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     _, entry, weighing, *_ = result.history
     assert (weighing["classes"], weighing["perturbations"]) == ([3, 2], 4)
     searched, farther, weighed, *repairs = asked["perturb"]
-    size, steps = config.perturbation_size if suspected else config.unsuspected_size, config.perturbation_steps
+    steps = config.perturbation_steps
+    # A score of .75 where 1 is suspicious: half of a repair.
+    gentle = replace(config, perturbation_size=0.2, accuracy_limit=0.075, finetune_rate=5e-3, distillation=0.85)
+    settings = config if suspected else gentle
     assert searched[0][1] == farther[0][1] == [2, 1, 3, 0]
     small = {"size": config.perturbation_size / 4, "batch_statistics": False}
     assert searched[1] == small | {"steps": steps // 2, "start": None}
@@ -235,7 +256,7 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     assert [repair[0][1] for repair in repairs] == ([[2] * 4] if suspected else [[3, 2], [3, 2]])
     assert weighed[1] == {"size": config.evidence_size, "steps": steps, "start": None, "batch_statistics": True}
     for _, options in repairs:
-        assert options == {"size": size, "steps": steps, "start": None, "batch_statistics": False}
+        assert options == {"size": settings.perturbation_size, "steps": steps, "start": None, "batch_statistics": False}
     assert (entry["class"], entry["tried"]) == (3, 4)
     ((masks, _),) = asked["learn_masks"]
     plain, eliminated = masks[:2]
@@ -246,8 +267,8 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     assert torch.equal(masks[2], torch.cat(given[3:]))
     ((finetune, _),) = asked["finetune_"]
     assert finetune[4] is masks[2]
-    gentle = {"finetune_rate": config.unsuspected_rate, "distillation": config.unsuspected_distillation}
-    assert finetune[6] == (config if suspected else replace(config, **gentle))
+    for field in fields(settings):
+        assert getattr(finetune[6], field.name) == pytest.approx(getattr(settings, field.name)), field.name
 
 
 def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model: nn.Module) -> None:
@@ -283,8 +304,10 @@ def test_metrics_are_of_held_back_pictures_alone(model: nn.Module) -> None:
     assert "asr_before" not in result.metrics
 
 
-def test_nothing_is_learned_from_held_back_pictures(model: nn.Module) -> None:
-    usual = run(model, config=SHORT)  # no suspect: the verdict sees all pictures, and names the class where it has one
+def test_nothing_is_learned_from_held_back_pictures(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The verdict sees all pictures: no suspect, and a strength that does not hang on the score.
+    monkeypatch.setattr(prune_module, "repair_strength", lambda *_: 0.5)
+    usual = run(model, config=SHORT)
     images, labels = batch()
     images[held_back()] = 7.0
     other = run(model, [(images, labels)], config=SHORT)
@@ -781,7 +804,7 @@ def test_a_clean_twin_keeps_its_accuracy(data: digits.Digits) -> None:
     assert result.verdict != "evidence of a backdoor"
 
 
-@pytest.mark.parametrize(("contrast", "target"), [(0.9, 1), (0.0, None)])
+@pytest.mark.parametrize(("contrast", "target"), [(0.9, 1), (0.4, None)])
 def test_where_a_wave_is_suspected_it_is_what_is_repaired_with(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, contrast: float, target: int | None
 ) -> None:
