@@ -63,7 +63,7 @@ class PruneConfig:
     """Passes of fine-tuning over the learning pictures, pruned neurons held at zero; 0 for none. Measured."""
     finetune_rate: float = 1e-2
     """First learning rate of fine-tuning, annealed to 0 by a cosine; gradients are clipped to norm 1. Measured."""
-    perturbed_pictures: float = 0.3
+    perturbed_pictures: float = 0.25
     """Share of the pictures that fine-tuning perturbs, in [0, 1]. Measured."""
     distillation: float = 0.7
     """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
