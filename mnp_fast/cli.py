@@ -236,6 +236,7 @@ def _show(result: Any, names: list[str] | None, console: Console) -> None:
             facts.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     pruned = {site: neurons for site, neurons in getattr(result, "pruned", {}).items() if len(neurons)}
     if hasattr(result, "pruned"):
+        facts.add_row("repair strength", f"{result.run['repair_strength']:.2f}")
         facts.add_row("neurons pruned", f"{sum(map(len, pruned.values()))} of {sum(map(len, result.masks.values()))}")
     console.print(facts)
     if pruned:

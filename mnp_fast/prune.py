@@ -83,7 +83,7 @@ def prune(
             repaired = run.repair(selection, perturbations, config)
         else:
             mask, selection, repaired = run.untouched()
-    return run.result(evidence, mask, selection, repaired, triggered)
+    return run.result(evidence, strength, mask, selection, repaired, triggered)
 
 
 def scan(
@@ -361,6 +361,7 @@ class _Run:
     def result(
         self,
         evidence: Evidence,
+        strength: float,
         mask: Tensor,
         selection: Selection,
         repaired: nn.Module,
@@ -380,7 +381,7 @@ class _Run:
             evidence=evidence.report(),
             metrics=self.metrics(repaired, triggered),
             history=self.history,
-            run=self.report(),
+            run=self.report() | {"repair_strength": strength},
         )
 
     def metrics(self, repaired: nn.Module, triggered: DefenceSet | None) -> dict[str, float]:

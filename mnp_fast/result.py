@@ -48,7 +48,8 @@ class PruneResult:
     model was given. masks: site name to (neurons,) float32 in [0, 1]. pruned: site name to the indices of the pruned
     neurons. threshold: t, neurons with masks up to t may be pruned; -1 where none was. verdict, suspected_target,
     evidence, history: as in `ScanResult`. metrics: accuracy on held-back clean pictures before and after, in [0, 1];
-    asr_before, asr_after and der only where triggered pictures were given.
+    asr_before, asr_after and der only where triggered pictures were given. run: as there, and repair_strength in
+    [0, 1]: 1 where a class is suspected, 0 where the model stays as it came (docs/method.md).
     """
 
     model: nn.Module | None

@@ -181,6 +181,7 @@ def test_far_from_suspicion_the_model_stays_as_it_is(model: nn.Module, monkeypat
     result = run(model, config=SHORT)
     assert result.evidence["score"] == 0.5
     assert result.suspected_target is None
+    assert result.run["repair_strength"] == 0
     assert equal(state(result), dict(model.state_dict()))
     assert result.model is not model
     assert all(bool((mask == 1).all()) for mask in result.masks.values())
@@ -267,6 +268,7 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     assert torch.equal(masks[2], torch.cat(given[3:]))
     ((finetune, _),) = asked["finetune_"]
     assert finetune[4] is masks[2]
+    assert result.run["repair_strength"] == pytest.approx(1.0 if suspected else 0.5)
     for field in fields(settings):
         assert getattr(finetune[6], field.name) == pytest.approx(getattr(settings, field.name)), field.name
 
