@@ -404,10 +404,15 @@ def _accuracy(network: nn.Module, data: DefenceSet, config: PruneConfig, like: T
 
 
 def _gentler(config: PruneConfig, strength: float) -> PruneConfig:
-    """The settings of a repair of such strength in (0, 1]: less is perturbed, pruned and learned from the labels."""
+    """The settings of a repair of such strength in (0, 1]: less is perturbed, pruned and learned from the labels.
+
+    Perturbations are half as large besides, where no class is suspected: it is their size that clean networks pay for.
+    """
+    if strength == 1:
+        return config
     return replace(
         config,
-        perturbation_size=strength * config.perturbation_size,
+        perturbation_size=strength * config.perturbation_size / 2,
         accuracy_limit=strength * config.accuracy_limit,
         finetune_rate=strength * config.finetune_rate,
         distillation=1 - strength * (1 - config.distillation),
