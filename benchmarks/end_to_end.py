@@ -111,7 +111,8 @@ def fit_head_(model: nn.Module, images: Tensor, labels: Tensor, strength: float 
 def measure(arch: str, model: nn.Module, data: tuple[Tensor, Tensor], args: argparse.Namespace) -> Iterator[Row]:
     """A row a provider: mnp_fast first, since its steps say how many the others make."""
     device, dtype = next(model.parameters()).device, options.DTYPES[args.dtype]
-    config = PruneConfig(batch_size=args.batch, precision=args.dtype)
+    # Always a suspect: what a random network scores decides whether it is repaired, and the repair is to be timed.
+    config = PruneConfig(batch_size=args.batch, precision=args.dtype, suspicion_score=0, evidence_score=0)
     common = {"arch": arch, "size": data[0].shape[-1], "pictures": len(data[1]), "batch": args.batch}
     common |= {"dtype": args.dtype, "device": device.type, "threads": torch.get_num_threads()}
     start = time.perf_counter()
