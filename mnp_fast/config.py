@@ -43,7 +43,7 @@ class PruneConfig:
     deviation from the mean of each channel. Measured."""
     perturbation_size: float = 0.4
     """The same of those for masks and fine-tuning, made with fixed statistics; a quarter of it in the search for the
-    class. Measured."""
+    class, at most half where no class is suspected. Measured."""
 
     alpha: float = 0.3
     """Weight of the loss of the suppressed model against that of the model itself, in [0, 1]. Measured."""
@@ -66,7 +66,8 @@ class PruneConfig:
     perturbed_pictures: float = 0.25
     """Share of the pictures that fine-tuning perturbs, in [0, 1]. Measured."""
     distillation: float = 0.7
-    """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]. Measured."""
+    """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]; where no class is
+    suspected, a weaker repair has more of them and a smaller rate and limit (docs/method.md, "Stages"). Measured."""
 
     evidence_score: float = 0.9
     """Score (docs/method.md, "Verdict") from which there is "evidence of a backdoor". Measured."""
