@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mnp-fast: error: {error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
-        print("mnp-fast: interrupted; nothing was written", file=sys.stderr)
+        told = "nothing was written" if args.checkpoint is None else f"the same command goes on from {args.checkpoint}"
+        print(f"mnp-fast: interrupted; {told}", file=sys.stderr)
         return INTERRUPTED
     if args.json:
         print(io.to_json(report))
@@ -81,7 +82,7 @@ def _run(args: argparse.Namespace) -> tuple[Any, list[str] | None]:
     if pruning:
         io.check_writable(args.out)
     given = _read(args)
-    shared = {"device": given.device, "seed": args.seed, "progress": not args.quiet}
+    shared = {"device": given.device, "seed": args.seed, "progress": not args.quiet, "checkpoint": args.checkpoint}
     if not pruning:
         return mnp_fast.scan(given.model, given.clean, config, **shared), given.clean.names
     result = mnp_fast.prune(given.model, given.clean, config, triggered_loader=given.triggered, **shared)
@@ -220,6 +221,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--config", action="append", default=[], metavar="NAME=VALUE", help="a field of PruneConfig; may be repeated")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--seed", type=int, default=0, help="the same seed gives the same result (default: 0)")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="keep every stage there as it ends: the same command goes on after the last one if it was interrupted, "
+        "and prune after scan; may be deleted afterwards (default: none)",
+    )
     add("--batch-size", type=int, default=64, metavar="N", help="pictures read at a time (default: 64)")
     add("--json", action="store_true", help="print the report, one JSON object, and nothing else to standard output")
     add("--quiet", action="store_true", help="print only errors (and, with --json, the report)")

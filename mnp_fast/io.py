@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from mnp_fast.errors import FileError
 
 SCHEMA_VERSION = 1
 REPORT = "report.json"
+_VALUES = "values"
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
 # DataParallel, torch.compile, and a training module that holds the network as `model`.
@@ -153,6 +154,34 @@ def save_files(
             _place(work, folder, names)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def save_state(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Write tensors by name and JSON values into one .safetensors file, whole or not at all; its folder is made.
+
+    tensors: any device and layout. FileError where it cannot be written.
+    """
+    path = Path(file)
+    with _writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".mnp_fast-", dir=path.parent)) / path.name
+        try:
+            plain = {name: _plain(tensor) for name, tensor in tensors.items()}
+            save_file(plain, work, {"format": "pt", _VALUES: to_json(values, indent=None)})
+            _flush(work)
+            os.replace(work, path)
+        finally:
+            shutil.rmtree(work.parent, ignore_errors=True)
+
+
+def read_state(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, on the CPU, and values of a file of `save_state`. FileError where it is damaged or is none."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as content:
+            values = json.loads((content.metadata() or {})[_VALUES])
+            return {name: content.get_tensor(name) for name in content.keys()}, values  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise FileError(f"{file} is damaged, or not of mnp_fast ({_first_line(error)}); delete it") from error
 
 
 def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mnp_fast import __version__
+from mnp_fast.checkpoint import Checkpoint, StageState, fingerprint, model_tensors, restore_
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
 from mnp_fast.detect import Evidence, commonest, repair_strength, verdict, weigh
@@ -44,6 +46,7 @@ def prune(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> PruneResult:
     """Look for a backdoor in an image classifier and prune the neurons that carry it.
 
@@ -60,10 +63,12 @@ def prune(
         and after, never used for a choice. Leave pictures of that class out.
     device: where to compute (default: where the model is). seed: the same seed gives the same masks and weights on the
         same machine and backend. progress: show stages on standard error.
+    checkpoint: directory in which every stage is kept as it ends. The same call goes on after the last stage that is
+        there, bit for bit as if it had not been interrupted; `scan` and `prune` share theirs. It may be deleted then.
 
-    Raises DataError, ModelError or ConfigError, each naming cause and remedy.
+    Raises DataError, ModelError, ConfigError or FileError, each naming cause and remedy.
     """
-    run = _Run(model, loader, config, device, seed, progress)
+    run = _Run(model, loader, config, device, seed, progress, checkpoint)
     triggered = None
     if triggered_loader is not None:
         triggered = collect(triggered_loader, seed=seed, what="triggered_loader", min_pictures=1, min_classes=1)
@@ -94,9 +99,10 @@ def scan(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> ScanResult:
     """The verdict without the repair: clean suppression and what it shows. Arguments and errors as for `prune`."""
-    run = _Run(model, loader, config, device, seed, progress)
+    run = _Run(model, loader, config, device, seed, progress, checkpoint)
     with run.stages():
         evidence = run.expose()[1]
     found, target = verdict(evidence, run.config)
@@ -117,6 +123,7 @@ class _Run:
     given_device: torch.device | str | None
     seed: int
     progress: bool
+    checkpoint_directory: str | os.PathLike[str] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -143,6 +150,8 @@ class _Run:
         self.how = Execution(captured, product_dtype(self.config.precision, self.device), recorder)
         self.bar = Progress(self.progress)
         self.wave: Wave | None = None
+        run = {} if self.checkpoint_directory is None else self.fingerprint()
+        self.checkpoint = Checkpoint(self.checkpoint_directory, run, self.generator, self.device)
 
     def working_copy(self) -> nn.Module:
         """A copy of the caller's model on the device of the run, in float32, every weight trainable."""
@@ -165,33 +174,53 @@ class _Run:
 
     def expose(self) -> tuple[nn.Module, Evidence]:
         """The suppressed model, its BatchNorm statistics recalibrated, and what it says."""
-        with self.stage("suppress") as entry:
-            suppressed = self.working_copy()
+        suppressed = self.working_copy()
+
+        def suppress(entry: dict[str, Any]) -> StageState:
             trace = suppress_(suppressed, self.learning, self.config, self.generator, self.bar, self.how)
             entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
-        with self.stage("search") as entry:
             recalibrate_(suppressed, self.learning, self.config)
+            return StageState(model_tensors(suppressed))
+
+        def search(entry: dict[str, Any]) -> StageState:
             pulls, transferred = self.search(suppressed)
             searched = max(pulls, key=pulls.__getitem__)
             size = self.config.perturbation_size
-            self.wave = find_wave(self.plain, self.sites, self.learning, size, self.config, self.bar, self.how)
-            entry |= {"class": searched, "tried": len(pulls), "waved": 0 if self.wave is None else self.wave.waved}
-        with self.stage("weigh") as entry:
-            logits = self.suppressed_logits(suppressed, self.data)
-            weighed = list(dict.fromkeys([searched, *commonest(logits, 1)]))
-            # As many perturbations for two classes as for one.
-            each = [one for one in weighed for _ in range(max(1, self.config.perturbations // len(weighed)))]
-            found = self.perturbations("weigh", suppressed, each, self.config.evidence_size, batch_statistics=True)
-            perturbed: dict[int, list[Tensor]] = {one: [] for one in weighed}
-            for target, perturbation in zip(each, found, strict=True):
-                others = self.data.subset(self.data.labels != target)
-                images = DefenceSet(others.images + perturbation, others.labels)
-                perturbed[target].append(self.suppressed_logits(suppressed, images))
-            norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
-            answers = {one: torch.cat(perturbed[one]) for one in weighed}
-            evidence = weigh(logits, self.data.labels, answers, transferred, self.wave, norms)
-            entry |= {"classes": weighed, "perturbations": len(each)}
-        return suppressed, evidence
+            wave = find_wave(self.plain, self.sites, self.learning, size, self.config, self.bar, self.how)
+            entry |= {"class": searched, "tried": len(pulls), "waved": 0 if wave is None else wave.waved}
+            found = {"searched": searched, "transferred": list(transferred.items())}
+            if wave is None:
+                return StageState(values=found)
+            found["wave"] = {"target": wave.target, "contrast": wave.contrast, "waved": wave.waved}
+            return StageState({"wave": wave.picture}, found)
+
+        def weighed(entry: dict[str, Any]) -> StageState:
+            return StageState(values=asdict(self.weigh(suppressed, searched, transferred, entry)))
+
+        restore_(suppressed, self.once("suppress", suppress).tensors)
+        found = self.once("search", search)
+        searched, transferred = found.values["searched"], dict(map(tuple, found.values["transferred"]))
+        if "wave" in found.values:
+            self.wave = Wave(picture=found.tensors["wave"].to(self.device), **found.values["wave"])
+        return suppressed, Evidence(**self.once("weigh", weighed).values)
+
+    def weigh(
+        self, suppressed: nn.Module, searched: int, transferred: dict[int, float], entry: dict[str, Any]
+    ) -> Evidence:
+        logits = self.suppressed_logits(suppressed, self.data)
+        classes = list(dict.fromkeys([searched, *commonest(logits, 1)]))
+        # As many perturbations for two classes as for one.
+        each = [one for one in classes for _ in range(max(1, self.config.perturbations // len(classes)))]
+        found = self.perturbations("weigh", suppressed, each, self.config.evidence_size, batch_statistics=True)
+        perturbed: dict[int, list[Tensor]] = {one: [] for one in classes}
+        for target, perturbation in zip(each, found, strict=True):
+            others = self.data.subset(self.data.labels != target)
+            images = DefenceSet(others.images + perturbation, others.labels)
+            perturbed[target].append(self.suppressed_logits(suppressed, images))
+        norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
+        answers = {one: torch.cat(perturbed[one]) for one in classes}
+        entry |= {"classes": classes, "perturbations": len(each)}
+        return weigh(logits, self.data.labels, answers, transferred, self.wave, norms)
 
     def search(self, suppressed: nn.Module) -> tuple[dict[int, float], dict[int, float]]:
         """By class, what a small perturbation pulls there (`pulled`): in the suppressed model, on which it is made with
@@ -218,8 +247,12 @@ class _Run:
             networks, classes = [self.plain], [target]
         towards = [classes[n // len(networks) % len(classes)] for n in range(self.config.perturbations)]
         parts = [(network, towards[n :: len(networks)]) for n, network in enumerate(networks)]
-        with self.stage("perturb"):
-            found = torch.cat([self.perturbations("perturb", network, part, size) for network, part in parts if part])
+
+        def perturbed(entry: dict[str, Any]) -> StageState:
+            made = [self.perturbations("perturb", network, part, size) for network, part in parts if part]
+            return StageState({"perturbations": torch.cat(made)})
+
+        found = self.once("perturb", perturbed).tensors["perturbations"].to(self.device)
         if target is not None and evidence.by_wave and self.wave is not None:
             found = torch.cat([found, self.wave.picture.expand_as(found)])
         return found
@@ -267,7 +300,7 @@ class _Run:
             return predict(suppressed, data, self.config.batch_size, self.device)
 
     def learn_masks(self, suppressed: nn.Module, perturbations: Tensor) -> tuple[Tensor, Tensor]:
-        with self.stage("masks") as entry:
+        def masks(entry: dict[str, Any]) -> StageState:
             mask, order, trace = learn_masks(
                 self.plain,
                 suppressed,
@@ -281,16 +314,23 @@ class _Run:
                 self.how,
             )
             entry |= _ends(trace) | {"steps": len(trace.loss), "below_one": int((mask < 1).sum())}
-        return mask, order
+            return StageState({"mask": mask, "order": order})
+
+        found = self.once("masks", masks).tensors
+        return found["mask"].to(self.device), found["order"].to(self.device)
 
     def select(self, mask: Tensor, order: Tensor, limit: float) -> Selection:
-        with self.stage("select") as entry:
+        def selected(entry: dict[str, Any]) -> StageState:
             self.bar.stage("select", None)
             chosen = select(mask, order, self.plain, self.sites, self.learning, self.held, limit, self.config, self.how)
             with masked(self.plain, self.sites, chosen.keep.float(), how=self.how):
                 entry |= self.held_back_metrics(self.plain)
-            entry |= {"low": chosen.low, "pruned": chosen.pruned}
-        return chosen
+            counts = {"low": chosen.low, "pruned": chosen.pruned}
+            entry |= counts
+            return StageState({"keep": chosen.keep}, {"threshold": chosen.threshold} | counts)
+
+        found = self.once("select", selected)
+        return Selection(keep=found.tensors["keep"].to(self.device), **found.values)
 
     def untouched(self) -> tuple[Tensor, Selection, nn.Module]:
         """Masks of ones, nothing pruned, the model as it came."""
@@ -304,21 +344,25 @@ class _Run:
             return repaired  # not by way of float32
         working = self.working_copy()
         prune_(working, self.sites, chosen.keep)
+
+        def finetune(entry: dict[str, Any]) -> StageState:
+            trace = finetune_(
+                working,
+                self.plain,
+                self.sites,
+                chosen.keep,
+                perturbations,
+                self.learning,
+                config,
+                self.generator,
+                self.bar,
+                self.how,
+            )
+            entry |= _ends(trace)
+            return StageState(model_tensors(working))
+
         if config.finetune_epochs:
-            with self.stage("fine-tune") as entry:
-                trace = finetune_(
-                    working,
-                    self.plain,
-                    self.sites,
-                    chosen.keep,
-                    perturbations,
-                    self.learning,
-                    config,
-                    self.generator,
-                    self.bar,
-                    self.how,
-                )
-                entry |= _ends(trace)
+            restore_(working, self.once("fine-tune", finetune).tensors)
         repaired.load_state_dict(working.state_dict())
         return repaired
 
@@ -326,6 +370,17 @@ class _Run:
         out = predict(network, self.held, self.config.batch_size, self.device)
         accuracy = float((out.argmax(1) == self.held.labels).float().mean())
         return {"loss": float(F.cross_entropy(out, self.held.labels)), "accuracy": accuracy}
+
+    def once(self, name: str, compute: Callable[[dict[str, Any]], StageState]) -> StageState:
+        """A stage: from the checkpoint where it is there, else computed and kept. ``compute`` gets its entry."""
+        state = self.checkpoint.read(name)
+        if state is None:
+            with self.stage(name) as entry:
+                state = compute(entry)
+            self.checkpoint.write(name, replace(state, entry=entry))
+        else:
+            self.history.append(dict(state.entry))
+        return state
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -339,6 +394,10 @@ class _Run:
             torch.cuda.synchronize(self.device)
         entry |= {"seconds": time.perf_counter() - start, "peak_mb": _peak_mb(self.device)}
         self.history.append(entry)
+
+    def fingerprint(self) -> dict[str, str]:
+        products = str(self.how.dtype or torch.float32)
+        return fingerprint(self.model, self.data, self.config, self.seed, self.device, products)
 
     def statistics(self) -> dict[str, Any]:
         return {"classes": self.classes, "sites": len(self.sites), "neurons": int(self.magnitude.numel())}

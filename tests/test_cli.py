@@ -149,6 +149,16 @@ def test_exit_codes(here: Path, core: Core, command: str, result: Any, code: int
     assert (here / "out" / "report.json").exists() == (command == "prune" and isinstance(result, FakeResult))
 
 
+@pytest.mark.parametrize(("given", "said"), [([], "nothing was written"), (["--checkpoint", "kept"], "from kept")])
+def test_an_interrupt_says_what_is_left(
+    here: Path, core: Core, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    core.result = KeyboardInterrupt()
+    assert cli.main(words("prune", *given)) == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+    assert core.given["checkpoint"] == (Path("kept") if given else None)
+
+
 def test_errors_are_one_line_on_standard_error(here: Path, core: Core, capsys: pytest.CaptureFixture[str]) -> None:
     core.result = ModelError("the model has no prunable site; give another")
     assert cli.main(words()) == 2

@@ -1,0 +1,228 @@
+"""Checkpoints: an interrupted run goes on where it was, bit for bit; what is of another run, or damaged, is refused."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import snapshot
+from test_optimize import small, taught
+from test_prune import ALWAYS, NAMES, SHORT, equal, loader, prune_module, run, same, state
+from torch import Tensor, nn
+
+import mnp_fast
+from mnp_fast import ConfigError, FileError, PruneResult, checkpoint, optimize
+from mnp_fast.checkpoint import Checkpoint, StageState, model_tensors, restore_
+from mnp_fast.data import logits_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return taught(small())
+
+
+@pytest.fixture(scope="module")
+def usual(model: nn.Module) -> PruneResult:
+    return run(model)
+
+
+@pytest.fixture(scope="module")
+def whole(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run that ended."""
+    folder = tmp_path_factory.mktemp("whole") / "made" / "on the way"
+    run(model, checkpoint=folder)
+    return folder
+
+
+def up_to(whole: Path, count: int, folder: Path) -> Path:
+    """As it was when ``count`` stages had ended."""
+    folder.mkdir(exist_ok=True)
+    for name in NAMES[:count]:
+        shutil.copy(whole / f"{name}.safetensors", folder)
+    return folder
+
+
+def stages(result: Any) -> list[str]:
+    return [entry["stage"] for entry in result.history]
+
+
+# ---------------------------------------------------------------- going on
+def test_a_checkpoint_changes_nothing(model: nn.Module, usual: PruneResult, tmp_path: Path) -> None:
+    result = run(model, checkpoint=tmp_path)
+    assert same(result, usual)
+    assert sorted(file.stem for file in tmp_path.iterdir()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("count", range(len(NAMES) + 1))
+def test_goes_on_after_each_stage(
+    model: nn.Module, usual: PruneResult, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    before = snapshot(model)
+    result = run(model, checkpoint=up_to(whole, count, tmp_path))
+    assert same(result, usual)
+    assert stages(result) == list(NAMES)
+    assert result.history[:count] == run(model, checkpoint=whole).history[:count]
+    assert snapshot(model) == before
+
+
+def test_a_run_that_ended_computes_no_stage_again(
+    model: nn.Module, usual: PruneResult, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("suppress_", "recalibrate_", "find_wave", "perturb", "learn_masks", "select", "finetune_"):
+        monkeypatch.setattr(prune_module, name, None)
+    assert same(run(model, checkpoint=whole), usual)
+
+
+def test_goes_on_after_an_interrupt_anywhere(
+    model: nn.Module, usual: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, last = 0, 0
+
+    def logits(output: Any) -> Tensor:  # of every batch of every stage
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KeyboardInterrupt
+        return logits_of(output)
+
+    monkeypatch.setattr(optimize, "logits_of", logits)
+    run(model)
+    total = calls
+    for number in range(5, total, 41):
+        folder = tmp_path / str(number)
+        calls, last = 0, number
+        with pytest.raises(KeyboardInterrupt):
+            run(model, checkpoint=folder)
+        left = {file.name for file in folder.glob("*")}
+        assert left <= {f"{name}.safetensors" for name in NAMES}  # nothing half written
+        last = 0
+        assert same(run(model, checkpoint=folder), usual)
+
+
+def test_prune_goes_on_from_scan(model: nn.Module, usual: PruneResult, tmp_path: Path) -> None:
+    found = mnp_fast.scan(model, loader(), ALWAYS, progress=False, checkpoint=tmp_path)
+    result = run(model, checkpoint=tmp_path)
+    assert same(result, usual)
+    assert result.history[:3] == found.history
+    assert mnp_fast.scan(model, loader(), ALWAYS, progress=False, checkpoint=tmp_path).report() == found.report()
+
+
+def test_where_no_class_is_named(model: nn.Module, tmp_path: Path) -> None:
+    result = run(model, config=SHORT)
+    assert result.suspected_target is None
+    run(model, config=SHORT, checkpoint=tmp_path)
+    assert same(run(model, config=SHORT, checkpoint=tmp_path), result)
+
+
+def test_the_callers_random_state_is_left_alone(model: nn.Module, whole: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    run(model, checkpoint=whole)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- another run
+def other_model(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters())[0] *= 1.5
+    return other
+
+
+def test_another_run_is_refused(model: nn.Module, whole: Path) -> None:
+    images, labels = (torch.cat(parts) for parts in zip(*loader(), strict=True))
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("weights", {"model": other_model(model)}),
+        ("pictures", {"given": [(images + 0.01, labels)]}),
+        ("config", {"config": replace(ALWAYS, alpha=0.6)}),
+        ("seed", {"seed": 1}),
+        ("config, products", {"config": replace(ALWAYS, precision="bfloat16")}),
+    ]
+    for name, changed in others:
+        options = {"model": model, "checkpoint": whole} | changed
+        with pytest.raises(ConfigError, match=r"is of another run .* name an empty directory") as error:
+            run(**options)
+        assert name.split(",")[0] in str(error.value)
+
+
+def test_another_version_is_refused(model: nn.Module, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "__version__", "0.0.0")
+    with pytest.raises(ConfigError, match=r"different: mnp_fast\)"):
+        run(model, checkpoint=whole)
+
+
+# ---------------------------------------------------------------- files
+def test_a_damaged_file_is_refused(model: nn.Module, whole: Path, tmp_path: Path) -> None:
+    folder = up_to(whole, 2, tmp_path)
+    file = folder / "search.safetensors"
+    content = file.read_bytes()
+    for damaged in (b"", content[:100], content[:-1], b"x" * len(content)):
+        file.write_bytes(damaged)
+        with pytest.raises(FileError, match=r"search.safetensors is damaged.* delete it"):
+            run(model, checkpoint=folder)
+
+
+def test_a_directory_that_cannot_be_written_is_said_first(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match="cannot be written to"):
+        run(model, checkpoint=tmp_path / "file")
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Checkpoint(tmp_path, {"seed": "0"}, torch.Generator(), CPU)
+    kept.write("one", StageState({"a": torch.arange(3)}, {"b": 1}))
+
+    def fails(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mnp_fast.io.save_file", fails)
+    with pytest.raises(FileError, match="No space left"):
+        kept.write("one", StageState({"a": torch.arange(4)}))
+    assert [file.name for file in tmp_path.iterdir()] == ["one.safetensors"]
+    found = kept.read("one")
+    assert found is not None
+    assert found.tensors["a"].tolist() == [0, 1, 2]
+    assert found.values == {"b": 1}
+
+
+def test_random_generators_go_on(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.random.fork_rng(devices=[]):
+        kept = Checkpoint(tmp_path, {}, generator, CPU)
+        torch.rand(7, generator=generator)
+        torch.rand(5)
+        kept.write("one", StageState())
+        wanted = torch.rand(4, generator=generator), torch.rand(4)
+        torch.rand(9, generator=generator)
+        kept.read("one")
+        assert torch.equal(torch.rand(4, generator=generator), wanted[0])
+        assert torch.equal(torch.rand(4), wanted[1])
+
+
+def test_nothing_is_kept_without_a_directory() -> None:
+    kept = Checkpoint(None, {}, torch.Generator(), CPU)
+    kept.write("one", StageState())
+    assert kept.read("one") is None
+
+
+def test_tensors_of_a_model(model: nn.Module) -> None:
+    other = small()
+    tied = nn.ModuleList([other, other])
+    restore_(other, {name: tensor.clone() for name, tensor in model_tensors(model).items()})
+    assert equal(dict(other.state_dict()), dict(model.state_dict()))
+    restore_(tied, model_tensors(tied))
+    assert equal(dict(tied[1].state_dict()), dict(model.state_dict()))
+
+
+def test_weights_in_bfloat16_have_a_fingerprint(model: nn.Module, tmp_path: Path) -> None:
+    narrow = copy.deepcopy(model).bfloat16()
+    result = run(narrow, checkpoint=tmp_path)
+    assert equal(state(run(narrow, checkpoint=tmp_path)), state(result))
