@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(io.to_json(report))
     elif not args.quiet:
         _show(result, names, Console(highlight=False))
-        if args.command == "prune":
+        if args.out is not None:
             print(f"written to {args.out}")
     repaired = args.command == "prune" and any(result.pruned.values())
     return EVIDENCE if result.verdict == detect.EVIDENCE and not repaired else OK
@@ -76,17 +76,20 @@ class _Input:
 
 
 def _run(args: argparse.Namespace) -> tuple[Any, list[str] | None]:
-    """The result of the command, saved where it is `prune`, and the names of the classes, where known."""
+    """The result of the command, saved where there is an --out, and the names of the classes, where known."""
     config = _config(args.config)
     pruning = args.command == "prune"
-    if pruning:
+    if args.out is not None:
         io.check_writable(args.out)
     given = _read(args)
     shared = {"device": given.device, "seed": args.seed, "progress": not args.quiet, "checkpoint": args.checkpoint}
-    if not pruning:
-        return mnp_fast.scan(given.model, given.clean, config, **shared), given.clean.names
-    result = mnp_fast.prune(given.model, given.clean, config, triggered_loader=given.triggered, **shared)
-    result.save(args.out)
+    result: Any
+    if pruning:
+        result = mnp_fast.prune(given.model, given.clean, config, triggered_loader=given.triggered, **shared)
+    else:
+        result = mnp_fast.scan(given.model, given.clean, config, **shared)
+    if args.out is not None:
+        result.save(args.out)
     return result, given.clean.names
 
 
@@ -170,8 +173,13 @@ def _parser() -> argparse.ArgumentParser:
         _add_common(command)
     scan.set_defaults(triggered=None, target=None)
     prune.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="directory for the repaired model and report"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="directory for the repaired model, its masks and the report",
     )
+    scan.add_argument("--out", type=Path, metavar="DIR", help="directory for a report (default: none is written)")
     prune.add_argument(
         "--triggered",
         type=Path,

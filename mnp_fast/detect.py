@@ -94,7 +94,9 @@ class Evidence:
         return sums
 
     def report(self) -> dict[str, Any]:
-        return asdict(self) | {"score": self.score}
+        """Its fields, the score, and the parts that it adds up, as JSON values."""
+        parts = [{"look": kind, "class": one, "counts": share} for kind, one, share in self._parts]
+        return asdict(self) | {"score": self.score, "parts": parts}
 
 
 def commonest(logits: Tensor, count: int) -> list[int]:

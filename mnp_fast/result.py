@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from mnp_fast import io
 from mnp_fast.errors import FileError
+from mnp_fast.report import html
+
+_PAGE = "report.html"
 
 
 @dataclass
@@ -38,6 +41,10 @@ class ScanResult:
             "history": self.history,
             "run": self.run,
         }
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write report.json and report.html, both or none. FileError if that cannot be done."""
+        io.save_files(directory, tensors={}, report=self.report(), texts={_PAGE: html(self.report(), {})})
 
 
 @dataclass
@@ -78,10 +85,11 @@ class PruneResult:
         }
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write model.safetensors, masks.safetensors and report.json, all or none. FileError if that cannot be done."""
+        """Write model.safetensors, masks.safetensors, report.json and report.html, all or none; else FileError."""
         if self.model is None:
             raise FileError("this result was loaded without a model; pass one to PruneResult.load to save it again")
-        io.save_files(directory, tensors={"model": self.model.state_dict(), "masks": self.masks}, report=self.report())
+        tensors = {"model": self.model.state_dict(), "masks": self.masks}
+        io.save_files(directory, tensors=tensors, report=self.report(), texts={_PAGE: html(self.report(), self.masks)})
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], model: nn.Module | None = None) -> PruneResult:

@@ -159,6 +159,16 @@ def test_an_interrupt_says_what_is_left(
     assert core.given["checkpoint"] == (Path("kept") if given else None)
 
 
+def test_scan_writes_where_it_is_told_to(here: Path, core: Core, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words("scan", "--out", "found")) == 0
+    assert (here / "found" / "report.json").exists()
+    assert "written to found" in capsys.readouterr().out
+    (here / "file").touch()
+    core.given = {}
+    assert cli.main(words("scan", "--out", "file")) == 2
+    assert core.given == {}  # said before the long work
+
+
 def test_errors_are_one_line_on_standard_error(here: Path, core: Core, capsys: pytest.CaptureFixture[str]) -> None:
     core.result = ModelError("the model has no prunable site; give another")
     assert cli.main(words()) == 2

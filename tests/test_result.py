@@ -16,7 +16,7 @@ from test_prune import ALWAYS
 from torch import Tensor, nn
 
 from mnp_fast import FileError, MnpFastError, PruneResult, prune, scan
-from mnp_fast.io import read_weights, save_files
+from mnp_fast.io import read_weights
 
 
 def loader() -> list[tuple[Tensor, Tensor]]:
@@ -70,7 +70,12 @@ def test_round_trip_of_the_model(result: PruneResult, saved: Path) -> None:
 
 
 def test_files(result: PruneResult, saved: Path) -> None:
-    assert sorted(path.name for path in saved.iterdir()) == ["masks.safetensors", "model.safetensors", "report.json"]
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "masks.safetensors",
+        "model.safetensors",
+        "report.html",
+        "report.json",
+    ]
     weights = read_weights(saved / "model.safetensors")
     assert result.model is not None
     assert weights.keys() == result.model.state_dict().keys()
@@ -112,7 +117,7 @@ def test_numbers_that_json_does_not_know_become_null(result: PruneResult, tmp_pa
 def test_saving_again_replaces(result: PruneResult, saved: Path) -> None:
     replace(result, threshold=0.25).save(saved)
     assert PruneResult.load(saved).threshold == 0.25
-    assert len(list(saved.iterdir())) == 3
+    assert len(list(saved.iterdir())) == 4
 
 
 def test_unwritable_directory(result: PruneResult, tmp_path: Path) -> None:
@@ -190,7 +195,8 @@ def test_truncated_weights(saved: Path) -> None:
 def test_the_report_of_a_scan_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     found = scan(taught(small()), loader(), ALWAYS, progress=False)
-    save_files(tmp_path, tensors={}, report=found.report())
+    found.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
     report = strict((tmp_path / "report.json").read_text())
     assert report["kind"] == "scan"
     assert report["verdict"] == found.verdict
