@@ -43,7 +43,7 @@ class PruneConfig:
     deviation from the mean of each channel. Measured."""
     perturbation_size: float = 0.4
     """The same of those for masks and fine-tuning, made with fixed statistics; a quarter of it in the search for the
-    class, at most half where no class is suspected. Measured."""
+    class, half where no class is suspected. Measured."""
 
     alpha: float = 0.3
     """Weight of the loss of the suppressed model against that of the model itself, in [0, 1]. Measured."""

@@ -160,9 +160,22 @@ def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
 def repair_strength(evidence: Evidence, config: PruneConfig) -> float:
     """How strong the repair is, in [0, 1]: 1 where a class is suspected.
 
-    Where none is, it grows with the score, from 0 at half of `suspicion_score`: attacked networks that are missed are
-    mostly missed narrowly, and what is far from suspicion is to stay as it is.
+    Where none is, it grows with the score, from 0 at half of `suspicion_score` to 1 at three quarters of it: what is
+    far from suspicion is to stay as it is, but an attacked network was missed with a score of .52.
     """
     if evidence.score >= config.suspicion_score:
         return 1.0
-    return max(0.0, 2 * evidence.score / config.suspicion_score - 1)
+    return min(1.0, max(0.0, 4 * evidence.score / config.suspicion_score - 2))
+
+
+def repair_classes(evidence: Evidence, config: PruneConfig) -> list[int]:
+    """Towards which classes the perturbations of the repair go: the suspect alone where its score is one of evidence.
+
+    Below that also, or where nothing is suspected only, the class that was searched and the one that is pulled into
+    best: the suspect of one network that was no more than suspicious was not the attacker's class, but these were.
+    """
+    if evidence.score >= config.evidence_score and evidence.suspect is not None:
+        return [evidence.suspect]
+    suspect = verdict(evidence, config)[1]
+    looked_at = [evidence.searched_class, evidence.pulled_class]
+    return list(dict.fromkeys(looked_at if suspect is None else [suspect, *looked_at]))

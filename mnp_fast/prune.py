@@ -21,7 +21,7 @@ from mnp_fast import __version__
 from mnp_fast.checkpoint import Checkpoint, StageState, fingerprint, model_tensors, restore_
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
-from mnp_fast.detect import Evidence, commonest, repair_strength, verdict, weigh
+from mnp_fast.detect import Evidence, commonest, repair_classes, repair_strength, verdict, weigh
 from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked, prune_
@@ -78,7 +78,7 @@ def prune(
         target = verdict(evidence, run.config)[1]
         strength = repair_strength(evidence, run.config)
         if strength:
-            config = _gentler(run.config, strength)
+            config = run.config if target is not None else _gentler(run.config, strength)
             perturbations = run.perturb(suppressed, evidence, target, config.perturbation_size)
             if target is None:
                 suppressed = run.working_copy()  # suppression exposed nothing, and what it broke misleads the masks
@@ -236,15 +236,13 @@ class _Run:
         return self.pulled(suppressed, found, tried), transferred
 
     def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None, size: float) -> Tensor:
-        """Perturbations for masks and fine-tuning: towards the suspected class, made on the model itself, or else
-        towards the two that were weighed, half of them made on the suppressed model.
+        """Perturbations for masks and fine-tuning, towards `repair_classes`: made on the model itself where a class is
+        suspected, or else half of them on the suppressed model.
 
         Where the verdict rests on a wave it makes as many more: alone it left BadNets, which it had named, as it was.
         """
-        if target is None:
-            networks, classes = [suppressed, self.plain], [evidence.searched_class, evidence.pulled_class]
-        else:
-            networks, classes = [self.plain], [target]
+        networks = [suppressed, self.plain] if target is None else [self.plain]
+        classes = repair_classes(evidence, self.config)
         towards = [classes[n // len(networks) % len(classes)] for n in range(self.config.perturbations)]
         parts = [(network, towards[n :: len(networks)]) for n, network in enumerate(networks)]
 
@@ -463,15 +461,13 @@ def _accuracy(network: nn.Module, data: DefenceSet, config: PruneConfig, like: T
 
 
 def _gentler(config: PruneConfig, strength: float) -> PruneConfig:
-    """The settings of a repair of such strength in (0, 1]: less is perturbed, pruned and learned from the labels.
-
-    Perturbations are half as large besides, where no class is suspected: it is their size that clean networks pay for.
+    """The settings of a repair of such strength in (0, 1] where no class is suspected: less is pruned and learned from
+    the labels. Perturbations are half as large whatever the strength: their size is what clean networks pay for, but a
+    missed backdoor that met smaller ones stayed whole.
     """
-    if strength == 1:
-        return config
     return replace(
         config,
-        perturbation_size=strength * config.perturbation_size / 2,
+        perturbation_size=config.perturbation_size / 2,
         accuracy_limit=strength * config.accuracy_limit,
         finetune_rate=strength * config.finetune_rate,
         distillation=1 - strength * (1 - config.distillation),

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from mnp_fast import PruneConfig
-from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, commonest, repair_strength, verdict, weigh
+from mnp_fast.detect import (
+    EVIDENCE,
+    NONE_FOUND,
+    SUSPICIOUS,
+    Evidence,
+    commonest,
+    repair_classes,
+    repair_strength,
+    verdict,
+    weigh,
+)
 from mnp_fast.waves import Wave
 
 
@@ -239,7 +249,7 @@ def test_weigh_takes_the_wave_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("score", "strength"),
-    [(0.0, 0.0), (0.3, 0.0), (0.4, 0.0), (0.5, 0.25), (0.6, 0.5), (0.72, 0.8), (0.8, 1.0), (1.0, 1.0)],
+    [(0.0, 0.0), (0.3, 0.0), (0.4, 0.0), (0.5, 0.5), (0.56, 0.8), (0.6, 1.0), (0.72, 1.0), (0.8, 1.0), (1.0, 1.0)],
 )
 def test_the_precaution_grows_with_the_score(score: float, strength: float) -> None:
     assert repair_strength(evidence(score), PruneConfig(suspicion_score=0.8)) == pytest.approx(strength)
@@ -247,3 +257,15 @@ def test_the_precaution_grows_with_the_score(score: float, strength: float) -> N
 
 def test_where_everything_is_suspicious_the_repair_is_whole() -> None:
     assert repair_strength(evidence(0.0), PruneConfig(suspicion_score=0.0)) == 1.0
+
+
+def test_below_evidence_the_repair_minds_the_classes_that_were_looked_at_too() -> None:
+    config = PruneConfig(suspicion_score=0.5, evidence_score=0.8)
+    found = replace(evidence(0.6, wave=0.4), searched_class=2)  # the wave, .72 of class 5, before the pull into 3
+    assert found.suspect == 5
+    assert repair_classes(found, config) == [5, 2, 3]
+    assert repair_classes(replace(found, searched_class=3), config) == [5, 3]
+    assert repair_classes(replace(found, wave_contrast=0.5), config) == [5]
+    assert repair_classes(replace(found, wave_contrast=0.0, perturbed_share=0.4), config) == [2, 3]
+    # However high, a score without BatchNorm is never more than suspicious; the repair goes by the score.
+    assert repair_classes(replace(found, wave_contrast=0.5, batch_norms=False), config) == [5]
