@@ -21,9 +21,9 @@ from torch import nn
 import mnp_fast
 from mnp_fast import architectures, detect, io
 from mnp_fast.data import DefenceSet, check_model
+from mnp_fast.device import compute_device
 from mnp_fast.errors import ConfigError, DataError, MnpFastError
 from mnp_fast.pictures import Pictures, read_pictures
-from mnp_fast.prune import compute_device
 
 OK, USAGE, EVIDENCE, INTERRUPTED = 0, 2, 3, 130
 _ROWS_OF_SITES = 20

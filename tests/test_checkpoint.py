@@ -12,13 +12,12 @@ import pytest
 import torch
 from networks import snapshot
 from test_optimize import small, taught
-from test_prune import ALWAYS, NAMES, SHORT, equal, loader, prune_module, run, same, state
-from torch import Tensor, nn
+from test_prune import ALWAYS, NAMES, SHORT, Batches, equal, loader, run, run_module, same, state
+from torch import nn
 
 import mnp_fast
-from mnp_fast import ConfigError, FileError, PruneResult, checkpoint, optimize
+from mnp_fast import ConfigError, FileError, PruneResult, checkpoint
 from mnp_fast.checkpoint import Checkpoint, StageState, model_tensors, restore_
-from mnp_fast.data import logits_of
 
 CPU = torch.device("cpu")
 
@@ -63,7 +62,7 @@ def test_a_checkpoint_changes_nothing(model: nn.Module, usual: PruneResult, tmp_
 
 @pytest.mark.parametrize("count", range(len(NAMES) + 1))
 def test_goes_on_after_each_stage(
-    model: nn.Module, usual: PruneResult, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+    model: nn.Module, usual: PruneResult, whole: Path, tmp_path: Path, count: int
 ) -> None:
     before = snapshot(model)
     result = run(model, checkpoint=up_to(whole, count, tmp_path))
@@ -77,33 +76,24 @@ def test_a_run_that_ended_computes_no_stage_again(
     model: nn.Module, usual: PruneResult, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("suppress_", "recalibrate_", "find_wave", "perturb", "learn_masks", "select", "finetune_"):
-        monkeypatch.setattr(prune_module, name, None)
+        monkeypatch.setattr(run_module, name, None)
     assert same(run(model, checkpoint=whole), usual)
 
 
 def test_goes_on_after_an_interrupt_anywhere(
     model: nn.Module, usual: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, last = 0, 0
-
-    def logits(output: Any) -> Tensor:  # of every batch of every stage
-        nonlocal calls
-        calls += 1
-        if calls == last:
-            raise KeyboardInterrupt
-        return logits_of(output)
-
-    monkeypatch.setattr(optimize, "logits_of", logits)
+    batches = Batches(monkeypatch)
     run(model)
-    total = calls
+    total = batches.calls
     for number in range(5, total, 41):
         folder = tmp_path / str(number)
-        calls, last = 0, number
+        batches.calls, batches.last = 0, number
         with pytest.raises(KeyboardInterrupt):
             run(model, checkpoint=folder)
         left = {file.name for file in folder.glob("*")}
         assert left <= {f"{name}.safetensors" for name in NAMES}  # nothing half written
-        last = 0
+        batches.last = 0
         assert same(run(model, checkpoint=folder), usual)
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import mnp_fast
 from benchmarks import digits
 from mnp_fast import ConfigError, DataError, MnpFastError, ModelError, PruneConfig, PruneResult, optimize
+from mnp_fast import run as run_module
 from mnp_fast.data import DefenceSet, collect, logits_of
 from mnp_fast.detect import Evidence
 from mnp_fast.graph.trace import Captured
@@ -174,9 +175,9 @@ def test_where_nothing_is_pruned_the_model_is_finetuned_all_the_same(model: nn.M
 
 
 def test_far_from_suspicion_the_model_stays_as_it_is(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = prune_module.weigh
+    inner = run_module.weigh
     monkeypatch.setattr(
-        prune_module, "weigh", lambda *args: replace(inner(*args), perturbed_share=0.5, transferred_share=0.0)
+        run_module, "weigh", lambda *args: replace(inner(*args), perturbed_share=0.5, transferred_share=0.0)
     )
     result = run(model, config=SHORT)
     assert result.evidence["score"] == 0.5
@@ -208,7 +209,7 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     """
     config = replace(config, perturbations=4)
     suspected = config.suspicion_score < 1
-    inner_weigh = prune_module.weigh
+    inner_weigh = run_module.weigh
 
     def weighed_2(
         logits: Tensor,
@@ -224,11 +225,11 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
         assert (found.transferred_class, found.transferred_share, found.transferred_second) == (1, 0.3, 0.2)
         return replace(found, classes=5, pulled_class=2, perturbed_share=0.625)
 
-    monkeypatch.setattr(prune_module, "weigh", weighed_2)
+    monkeypatch.setattr(run_module, "weigh", weighed_2)
     asked: dict[str, list[Any]] = {"perturb": [], "learn_masks": [], "finetune_": []}
     given: list[Tensor] = []
     for name in asked:
-        inner = getattr(prune_module, name)
+        inner = getattr(run_module, name)
 
         def noted(*args: Any, name: str = name, inner: Any = inner, **kwargs: Any) -> Any:
             asked[name].append((args, kwargs))
@@ -237,15 +238,15 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
                 given.append(out)
             return out
 
-        monkeypatch.setattr(prune_module, name, noted)
-    monkeypatch.setattr(prune_module, "commonest", lambda logits, count: [2, 1, 3, 0][:count])
+        monkeypatch.setattr(run_module, name, noted)
+    monkeypatch.setattr(run_module, "commonest", lambda logits, count: [2, 1, 3, 0][:count])
     pulls, transferred = {2: 0.1, 1: 0.2, 3: 0.7, 0: 0.4}, {2: 0.1, 1: 0.3, 3: 0.2, 0: 0.0}
 
     def pulled(self: Any, network: nn.Module, found: Tensor, targets: list[int]) -> dict[int, float]:
         shares = transferred if network is self.plain else pulls
         return {target: shares[target] for target in targets}
 
-    monkeypatch.setattr(prune_module._Run, "pulled", pulled)
+    monkeypatch.setattr(run_module.Run, "pulled", pulled)
     result = run(model, config=config)
     assert result.suspected_target == (2 if suspected else None)
     _, entry, weighing, *_ = result.history
@@ -280,7 +281,7 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
 
 
 def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model: nn.Module) -> None:
-    whole = prune_module._Run(model, loader(), SHORT, None, 0, False)
+    whole = run_module.Run(model, loader(), SHORT, None, 0, False)
     images, labels = whole.learning.images, whole.learning.labels
     shift = torch.linspace(-2, 2, 36).view(1, 6, 6)
     with torch.no_grad():
@@ -526,7 +527,7 @@ class Interrupted(nn.Sequential):
 
 
 def test_interrupts_at_the_module_level(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune_module, "capture", lambda *args: Captured("not here"))
+    monkeypatch.setattr(run_module, "capture", lambda *args: Captured("not here"))
     interrupted = Interrupted(*model.children()).train()
     before = snapshot(interrupted)
     monkeypatch.setattr(Interrupted, "calls", 0)
@@ -542,23 +543,28 @@ def test_interrupts_at_the_module_level(model: nn.Module, monkeypatch: pytest.Mo
         assert all(p.grad is None for p in interrupted.parameters())
 
 
-def test_interrupts_at_the_graph_level(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, last = 0, 0
+class Batches:
+    """Counts the batches of every stage at the graph level, and is Ctrl-C at the one with the number ``last``."""
 
-    def logits(output: Any) -> Tensor:  # of every batch of every stage
-        nonlocal calls
-        calls += 1
-        if calls == last:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, self.last = 0, 0
+        monkeypatch.setattr(optimize, "logits_of", self)
+
+    def __call__(self, output: Any) -> Tensor:
+        self.calls += 1
+        if self.calls == self.last:
             raise KeyboardInterrupt
         return logits_of(output)
 
-    monkeypatch.setattr(optimize, "logits_of", logits)
+
+def test_interrupts_at_the_graph_level(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Batches(monkeypatch)
     before = snapshot(model)
     run(model)
-    total = calls
+    total = batches.calls
     assert total > 50
     for number in {1, 2, 7, *range(10, total, 13), total}:
-        calls, last = 0, number
+        batches.calls, batches.last = 0, number
         with pytest.raises(KeyboardInterrupt):
             run(model)
         assert snapshot(model) == before
@@ -576,7 +582,7 @@ def test_failing_stages(
     hook = model[0].register_forward_hook(lambda module, args, output: None)
     model.train()
     before = snapshot(model)
-    monkeypatch.setattr(prune_module, stage, fails)
+    monkeypatch.setattr(run_module, stage, fails)
     with pytest.raises(error):
         run(model)
     assert snapshot(model) == before
@@ -818,20 +824,20 @@ def test_where_a_wave_is_suspected_it_is_what_is_repaired_with(
 ) -> None:
     """Beside the perturbations towards its class, as often as these."""
     wave = Wave(1, contrast, torch.linspace(-1, 1, 36).view(1, 6, 6), 100)
-    monkeypatch.setattr(prune_module, "find_wave", lambda *_: wave)
-    inner = prune_module.weigh
+    monkeypatch.setattr(run_module, "find_wave", lambda *_: wave)
+    inner = run_module.weigh
     monkeypatch.setattr(
-        prune_module, "weigh", lambda *args: replace(inner(*args), perturbed_share=0.0, transferred_share=0)
+        run_module, "weigh", lambda *args: replace(inner(*args), perturbed_share=0.0, transferred_share=0)
     )
     asked: dict[str, tuple[Any, ...]] = {}
     for name in ("learn_masks", "finetune_"):
-        stage = getattr(prune_module, name)
+        stage = getattr(run_module, name)
 
         def noted(*args: Any, name: str = name, stage: Any = stage) -> Any:
             asked[name] = args
             return stage(*args)
 
-        monkeypatch.setattr(prune_module, name, noted)
+        monkeypatch.setattr(run_module, name, noted)
     before = snapshot(model)
     result = run(model, config=replace(SHORT, suspicion_score=0.8, evidence_score=0.9))
     assert snapshot(model) == before

@@ -25,8 +25,8 @@ from mnp_fast.data import DefenceSet
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution
 from mnp_fast.optimize import learn_masks, perturb
-from mnp_fast.prune import _Run
 from mnp_fast.replay import Recorder, Replayed, Results
+from mnp_fast.run import Run
 from mnp_fast.sites import find_sites
 
 CONFIG = PruneConfig(batch_size=40, mask_steps=20, mask_rate=0.1)
@@ -303,7 +303,7 @@ def test_perturbations_of_replayed_steps(known: nn.Module, batch_statistics: boo
 
 
 def test_the_report_says_whether_steps_were_captured(known: nn.Module) -> None:
-    run = _Run(known, loader(), None, None, 0, False)
+    run = Run(known, loader(), None, None, 0, False)
     assert run.how.recorder is None
     assert run.report()["cuda_graphs"] is False
     for reason, said in ((None, "captured"), ("RuntimeError: no", "RuntimeError: no")):

@@ -93,7 +93,7 @@ def test_ablations_change_the_magnitude(monkeypatch: pytest.MonkeyPatch) -> None
     model, data = network()
     brief = {"perturbations": 1, "perturbation_steps": 2, "mask_steps": 1, "finetune_epochs": 0}
     config = PruneConfig(penalty=1e-4, precision="float32", **brief)
-    monkeypatch.setattr(importlib.import_module("mnp_fast.prune"), "capture", lambda *_: traced())
+    monkeypatch.setattr(importlib.import_module("mnp_fast.run"), "capture", lambda *_: traced())
     masks = [repair(model, data, 0, config).score for repair in (METHODS["mnp"], *ABLATIONS.values())]
     filters = [conv.weight.detach().flatten(1) for conv in model.convs]
     norms = [torch.cat([weight.norm(p, dim=1) for weight in filters]) for p in (1, 2)]

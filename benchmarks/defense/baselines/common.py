@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet
+from mnp_fast.device import peak_mb, product_dtype
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, prune_
 from mnp_fast.memory import kept
 from mnp_fast.optimize import suppress_
 from mnp_fast.progress import Progress
-from mnp_fast.prune import _peak_mb, product_dtype
 from mnp_fast.select import select
 from mnp_fast.sites import Site, find_sites, site_parameter, total_neurons
 
@@ -168,7 +168,7 @@ class Method:
                 self.restore_(run, working, keep)
         repaired = copy.deepcopy(model).eval()
         repaired.load_state_dict(working.state_dict())
-        seconds, peak = time.perf_counter() - start, _peak_mb(device)
+        seconds, peak = time.perf_counter() - start, peak_mb(device)
         return Repair(repaired, score, order, int((~keep).sum()), run.neurons, seconds, run.stages, peak)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Sequence
 from unittest import mock
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 import mnp_fast
 from benchmarks.defense.baselines.common import Repair
+from mnp_fast import run
 from mnp_fast.data import DefenceSet
 from mnp_fast.ops import channel_magnitude
 from mnp_fast.sites import Site, site_parameter, total_neurons
@@ -69,8 +69,7 @@ def _with(
     seed: int,
     config: mnp_fast.PruneConfig | None,
 ) -> Repair:
-    # The package exports a function of the module's name, which hides the module from a plain import.
-    with mock.patch.object(importlib.import_module("mnp_fast.prune"), "magnitude", magnitude):
+    with mock.patch.object(run, "magnitude", magnitude):
         return repair(model, data, seed, config)
 
 
