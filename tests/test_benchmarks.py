@@ -252,13 +252,13 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
 
         monkeypatch.setattr(module, name, counted)
 
-    optimize, prune, select = (importlib.import_module(f"mnp_fast.{name}") for name in ("optimize", "prune", "select"))
+    optimize, run, select = (importlib.import_module(f"mnp_fast.{name}") for name in ("optimize", "run", "select"))
     counting(optimize, "expose", "suppress")
     counting(optimize, "pull", "perturb")
     counting(optimize, "eliminate", "masks")
     counting(optimize, "repair_loss", "finetune")
     counting(select, "predictions", lambda network, part, *_: f"select {len(part)}")
-    counting(prune, "predict", lambda network, part, *_: f"prune {len(part)}")
+    counting(run, "predict", lambda network, part, *_: f"run {len(part)}")
     counting(optimize, "predict", lambda network, part, *_: f"optimize {len(part)}")
     result = mnp_fast.prune(model, [data], config, progress=False)
     learning, _ = DefenceSet(*data).split(config.held_back, torch.Generator().manual_seed(0))
@@ -276,13 +276,13 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     assert counts.search == 3 * tried
     assert counts.perturb == 6
     weighed = {len(data[1]), *(int((data[1] != label).sum()) for label in classes)}
-    assert sum(calls[f"prune {size}"] for size in weighed) == 1 + result.history[2]["perturbations"]
+    assert sum(calls[f"run {size}"] for size in weighed) == 1 + result.history[2]["perturbations"]
     # New statistics, and the answers of the teacher.
     assert calls[f"optimize {len(learning)}"] == 2
     # Classes to try, and what each perturbation pulls in the suppressed model and in the model itself.
-    assert calls[f"prune {len(learning)}"] == 1
+    assert calls[f"run {len(learning)}"] == 1
     sizes = {int((learning.labels != label).sum()) for label in range(10)}
-    assert sum(calls[f"prune {size}"] for size in sizes) == 2 * tried
+    assert sum(calls[f"run {size}"] for size in sizes) == 2 * tried
     share = len(learning) / len(data[1])
     waved = result.history[1]["waved"] / len(learning)
     assert counts.exposed == 3 + result.history[2]["perturbations"] + round((2 * tried + waved) * share)
