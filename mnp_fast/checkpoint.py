@@ -1,7 +1,8 @@
 """The stages of a run, kept on disk as they end: an interrupted run goes on after the last of them, bit for bit.
 
 A directory holds one file a stage, with what the later stages need of it, its entry of the history, the states of the
-random generators behind it, and a fingerprint of the run, by which a file of another run is refused.
+random generators behind it, and a fingerprint of the run, by which a file of another run is refused. Settings that only
+the repair reads may differ: what came before the repair is used again, the repair is computed anew.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from mnp_fast import __version__, io
-from mnp_fast.config import PruneConfig
+from mnp_fast.config import REPAIR_ONLY, PruneConfig
 from mnp_fast.data import DefenceSet
 from mnp_fast.errors import ConfigError
 
 _RANDOM = "random."
 _STAGE = "stage."
+_REPAIR = "settings of the repair"
+_EXPOSING = ("suppress", "search", "weigh")
+"""The stages in which nothing of `REPAIR_ONLY` is read."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,19 @@ class Checkpoint:
             io.check_writable(self._folder)
 
     def read(self, stage: str) -> StageState | None:
-        """What `write` kept of the stage, the random generators being put where they were then; None where nothing is.
+        """What `write` kept of the stage, the random generators being put where they were then; None where nothing is,
+        or where the stage belongs to a repair with other settings.
 
         ConfigError where it is of another run, naming what differs. FileError where the file is damaged.
         """
         if self._folder is None or not self._file(stage).exists():
             return None
         tensors, kept = io.read_state(self._file(stage))
-        if kept["run"] != self._run:
-            differing = [name for name, value in self._run.items() if kept["run"].get(name) != value]
+        differing = [name for name, value in self._run.items() if kept["run"].get(name) != value]
+        if differing == [_REPAIR]:
+            if stage not in _EXPOSING:
+                return None
+        elif differing:
             raise ConfigError(
                 f"the checkpoint {self._folder} is of another run (different: {', '.join(differing)}); "
                 "name an empty directory, or give what it was made with"
@@ -95,11 +103,14 @@ def fingerprint(
     model: nn.Module, data: DefenceSet, config: PruneConfig, seed: int, device: torch.device, products: str
 ) -> dict[str, str]:
     """What a run depends on, by name: hashes of weights and pictures, settings, versions."""
+    settings = asdict(config)
+    repair = {name: settings.pop(name) for name in sorted(REPAIR_ONLY)}
     return {
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "weights": _hash(model_tensors(model)),
         "pictures": _hash({"images": data.images, "labels": data.labels}),
-        "config": io.to_json(asdict(config), indent=None),
+        "config": io.to_json(settings, indent=None),
+        _REPAIR: io.to_json(repair, indent=None),
         "seed": str(seed),
         "device": device.type,
         "products": products,

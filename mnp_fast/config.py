@@ -95,6 +95,24 @@ class PruneConfig:
             )
 
 
+REPAIR_ONLY = frozenset(
+    (
+        "alpha",
+        "penalty",
+        "mask_rate",
+        "mask_steps",
+        "threshold",
+        "accuracy_limit",
+        "finetune_epochs",
+        "finetune_rate",
+        "perturbed_pictures",
+        "distillation",
+        "evidence_score",
+        "suspicion_score",
+    )
+)
+"""Settings that nothing reads before the evidence is weighed."""
+
 _PRECISIONS = ("auto", "float32", "bfloat16")
 _TINY = 1e-30
 _RANGES: dict[str, tuple[float, float]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from test_prune import ALWAYS, NAMES, SHORT, Batches, equal, loader, run, run_mo
 from torch import nn
 
 import mnp_fast
-from mnp_fast import ConfigError, FileError, PruneResult, checkpoint
+from mnp_fast import ConfigError, FileError, PruneConfig, PruneResult, checkpoint
 from mnp_fast.checkpoint import Checkpoint, StageState, model_tensors, restore_
+from mnp_fast.config import REPAIR_ONLY
 
 CPU = torch.device("cpu")
 
@@ -105,6 +106,56 @@ def test_prune_goes_on_from_scan(model: nn.Module, usual: PruneResult, tmp_path:
     assert mnp_fast.scan(model, loader(), ALWAYS, progress=False, checkpoint=tmp_path).report() == found.report()
 
 
+OTHER_REPAIR = replace(
+    ALWAYS,
+    alpha=0.6,
+    penalty=1e-3,
+    mask_rate=0.04,
+    mask_steps=20,
+    threshold=0.6,
+    accuracy_limit=0.1,
+    finetune_epochs=1,
+    finetune_rate=5e-3,
+    perturbed_pictures=0.5,
+    distillation=0.4,
+    evidence_score=0.2,
+    suspicion_score=0.1,
+)
+
+
+@pytest.mark.parametrize("count", [2, len(NAMES)])
+def test_another_repair_goes_on_from_the_evidence(model: nn.Module, whole: Path, tmp_path: Path, count: int) -> None:
+    differing = {name for name, value in asdict(OTHER_REPAIR).items() if value != getattr(ALWAYS, name)}
+    assert differing == REPAIR_ONLY
+    folder = up_to(whole, count, tmp_path)
+    before = run(model, checkpoint=whole).history
+    result = run(model, config=OTHER_REPAIR, checkpoint=folder)
+    assert same(result, run(model, config=OTHER_REPAIR))
+    shared = min(count, 3)
+    assert result.history[:shared] == before[:shared]
+    assert stages(result) == list(NAMES)
+    assert all(new != old for new, old in zip(result.history[shared:], before[shared:], strict=True))
+    # And back.
+    assert same(run(model, checkpoint=folder), run(model, checkpoint=whole))
+
+
+def test_what_only_the_repair_reads(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: set[str] = set()
+
+    class Noted(PruneConfig):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    config = Noted(**asdict(ALWAYS))
+    exposing = run_module.Run(model, loader(), config, None, 0, False)
+    read.clear()
+    with exposing.stages():
+        exposing.expose()
+    assert not read & REPAIR_ONLY
+    assert {"suppression_rate", "perturbation_size", "evidence_size"} <= read
+
+
 def test_where_no_class_is_named(model: nn.Module, tmp_path: Path) -> None:
     result = run(model, config=SHORT)
     assert result.suspected_target is None
@@ -132,7 +183,8 @@ def test_another_run_is_refused(model: nn.Module, whole: Path) -> None:
     others: list[tuple[str, dict[str, Any]]] = [
         ("weights", {"model": other_model(model)}),
         ("pictures", {"given": [(images + 0.01, labels)]}),
-        ("config", {"config": replace(ALWAYS, alpha=0.6)}),
+        ("config", {"config": replace(ALWAYS, perturbation_size=0.3)}),
+        ("config, settings of the repair", {"config": replace(ALWAYS, batch_size=41, alpha=0.6)}),
         ("seed", {"seed": 1}),
         ("config, products", {"config": replace(ALWAYS, precision="bfloat16")}),
     ]
