@@ -66,8 +66,9 @@ class PruneConfig:
     perturbed_pictures: float = 0.25
     """Share of the pictures that fine-tuning perturbs, in [0, 1]. Measured."""
     distillation: float = 0.7
-    """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]; where no class is
-    suspected, a weaker repair has more of them and a smaller rate and limit (docs/method.md, "Stages"). Measured."""
+    """Weight of the unpruned model's soft answers on clean pictures in fine-tuning, in [0, 1]; 1 where no class is
+    suspected, a smaller share of the pictures being perturbed there, at a smaller rate (docs/method.md, "Stages").
+    Measured."""
 
     evidence_score: float = 0.9
     """Score (docs/method.md, "Verdict") from which there is "evidence of a backdoor". Measured."""

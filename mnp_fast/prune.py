@@ -15,6 +15,8 @@ from mnp_fast.detect import repair_strength, verdict
 from mnp_fast.result import PruneResult, ScanResult
 from mnp_fast.run import Run
 
+_GENTLER_SHARE = 0.6
+
 
 def prune(
     model: nn.Module,
@@ -90,14 +92,16 @@ def scan(
 
 
 def _gentler(config: PruneConfig, strength: float) -> PruneConfig:
-    """The settings of a repair of such strength in (0, 1] where no class is suspected: less is pruned and learned from
-    the labels. Perturbations are half as large whatever the strength: their size is what clean networks pay for, but a
-    missed backdoor that met smaller ones stayed whole.
+    """The settings of a repair of such strength in (0, 1] where no class is suspected: less is pruned, and learned at a
+    smaller rate. Whatever the strength the model's own answers are all that is learned, perturbations are half as large
+    and fewer pictures carry one: clean networks pay for these, but a missed backdoor that met smaller perturbations yet
+    stayed whole (docs/decisions.md).
     """
     return replace(
         config,
         perturbation_size=config.perturbation_size / 2,
         accuracy_limit=strength * config.accuracy_limit,
         finetune_rate=strength * config.finetune_rate,
-        distillation=1 - strength * (1 - config.distillation),
+        perturbed_pictures=_GENTLER_SHARE * config.perturbed_pictures,
+        distillation=1.0,
     )

@@ -254,7 +254,14 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     searched, farther, weighed, *repairs = asked["perturb"]
     steps = config.perturbation_steps
     # A score of .625 where 1 is suspicious: half of a repair.
-    gentle = replace(config, perturbation_size=0.2, accuracy_limit=0.075, finetune_rate=5e-3, distillation=0.85)
+    gentle = replace(
+        config,
+        perturbation_size=0.2,
+        accuracy_limit=0.075,
+        finetune_rate=5e-3,
+        perturbed_pictures=0.15,
+        distillation=1.0,
+    )
     settings = config if suspected else gentle
     assert searched[0][1] == farther[0][1] == [2, 1, 3, 0]
     small = {"size": config.perturbation_size / 4, "batch_statistics": False}
