@@ -2,7 +2,7 @@
 
 A directory holds one file a stage, with what the later stages need of it, its entry of the history, the states of the
 random generators behind it, and a fingerprint of the run, by which a file of another run is refused. Settings that only
-the repair reads may differ: what came before the repair is used again, the repair is computed anew.
+the repair reads (`REPAIR_ONLY`) may differ: what came before it is used again, the repair is computed anew.
 """
 
 from __future__ import annotations

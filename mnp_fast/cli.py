@@ -234,7 +234,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="keep every stage there as it ends: the same command goes on after the last one if it was interrupted, "
-        "and prune after scan; may be deleted afterwards (default: none)",
+        "prune after scan, and prune with other settings of the repair after the evidence; may be deleted afterwards "
+        "(default: none)",
     )
     add("--batch-size", type=int, default=64, metavar="N", help="pictures read at a time (default: 64)")
     add("--json", action="store_true", help="print the report, one JSON object, and nothing else to standard output")

@@ -15,8 +15,6 @@ from mnp_fast.detect import repair_strength, verdict
 from mnp_fast.result import PruneResult, ScanResult
 from mnp_fast.run import Run
 
-_GENTLER_SHARE = 0.6
-
 
 def prune(
     model: nn.Module,
@@ -102,6 +100,6 @@ def _gentler(config: PruneConfig, strength: float) -> PruneConfig:
         perturbation_size=config.perturbation_size / 2,
         accuracy_limit=strength * config.accuracy_limit,
         finetune_rate=strength * config.finetune_rate,
-        perturbed_pictures=_GENTLER_SHARE * config.perturbed_pictures,
+        perturbed_pictures=0.6 * config.perturbed_pictures,
         distillation=1.0,
     )

@@ -139,7 +139,7 @@ def test_another_repair_goes_on_from_the_evidence(model: nn.Module, whole: Path,
     assert same(run(model, checkpoint=folder), run(model, checkpoint=whole))
 
 
-def test_what_only_the_repair_reads(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_only_the_repair_reads(model: nn.Module) -> None:
     read: set[str] = set()
 
     class Noted(PruneConfig):
