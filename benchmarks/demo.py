@@ -57,8 +57,8 @@ def main() -> None:
         columns.append(result)
         stages.add_column(name, justify="right")
         sites.add_column(name, justify="right")
-    for number, entry in enumerate(columns[0].history):
-        stages.add_row(entry["stage"], *(_stage(result, number) for result in columns))
+    for name in dict.fromkeys(entry["stage"] for result in columns for entry in result.history):
+        stages.add_row(name, *(_seconds(result, name) for result in columns))
     for site, mask in columns[0].masks.items():
         sites.add_row(site, str(len(mask)), *(str(len(result.pruned[site])) for result in columns))
     console.print(before_after, sites, stages, *verdicts, sep="\n")
@@ -69,8 +69,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _stage(result: Any, number: int) -> str:
-    return f"{result.history[number]['seconds']:.1f}" if number < len(result.history) else ""
+def _seconds(result: Any, stage: str) -> str:
+    return next((f"{entry['seconds']:.1f}" for entry in result.history if entry["stage"] == stage), "")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -181,27 +182,35 @@ def counts_of(
     learning: DefenceSet,
     config: PruneConfig,
 ) -> Counts:
-    """Steps of a run, from its history."""
-    by = {entry["stage"]: entry for entry in history}
+    """Steps of a run, from its history; those of its looks added up."""
     passes = math.ceil(len(learning) / config.batch_size)
     # A window is 512 pictures, and never reaches across two passes.
     window = max(1, 512 // config.batch_size)
     windows = [min(window, passes - first) for first in range(0, passes, window)]
-    passes_of_repair = config.finetune_epochs if "fine-tune" in by else 0
-    tried, waved = by["search"]["tried"], by["search"]["waved"] / len(learning)
+    suppressed, searched, weighed = (entries(history, name) for name in ("suppress", "search", "weigh"))
+    (masks,), (selected,) = entries(history, "masks"), entries(history, "select")
+    passes_of_repair = config.finetune_epochs if entries(history, "fine-tune") else 0
+    tried = sum(entry["tried"] for entry in searched)
+    waved = sum(entry["waved"] for entry in searched) / len(learning)
+    perturbations = sum(entry["perturbations"] for entry in weighed)
     return Counts(
-        suppress=sum(windows[number % len(windows)] for number in range(by["suppress"]["windows"])),
+        suppress=sum(windows[number % len(windows)] for entry in suppressed for number in range(entry["windows"])),
         # For new statistics, as they are, and with each perturbation, as if of all pictures; in the search of the
         # learning ones, with the suppressed model and the model itself, and of those with waves.
-        exposed=3 + by["weigh"]["perturbations"] + round((2 * tried + waved) * (1 - config.held_back)),
+        exposed=3 * len(suppressed) + perturbations + round((2 * tried + waved) * (1 - config.held_back)),
         # Half of them before the model itself is asked, and then all.
         search=tried * (max(1, config.perturbation_steps // 2) + config.perturbation_steps),
-        weigh=by["weigh"]["perturbations"] * config.perturbation_steps,
+        weigh=perturbations * config.perturbation_steps,
         perturb=config.perturbations * config.perturbation_steps,
-        masks=by["masks"]["steps"],
-        plain=1 + probes(by["select"]["pruned"] + 1, by["select"]["low"]),
+        masks=masks["steps"],
+        plain=1 + probes(selected["pruned"] + 1, selected["low"]),
         finetune=passes_of_repair * math.ceil(len(learning) / max(2, config.batch_size // 2)),
     )
+
+
+def entries(history: Sequence[Mapping[str, Any]], stage: str) -> list[Mapping[str, Any]]:
+    """Those of a stage, in a run of several looks one a look."""
+    return [entry for entry in history if re.fullmatch(rf"{stage}(-\d+)?", entry["stage"])]
 
 
 def probes(first: int, last: int) -> int:
@@ -218,7 +227,7 @@ def probes(first: int, last: int) -> int:
 
 
 def _seconds(history: Sequence[Mapping[str, Any]], stage: str) -> float:
-    return round(sum(entry["seconds"] for entry in history if entry["stage"] == stage), 2)
+    return round(sum(entry["seconds"] for entry in entries(history, stage)), 2)
 
 
 def _total(seconds: float) -> Row:

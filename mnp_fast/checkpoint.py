@@ -1,14 +1,15 @@
 """The stages of a run, kept on disk as they end: an interrupted run goes on after the last of them, bit for bit.
 
 A directory holds one file a stage, with what the later stages need of it, its entry of the history, the states of the
-random generators behind it, and a fingerprint of the run, by which a file of another run is refused. Settings that only
-the repair reads (`REPAIR_ONLY`) may differ: what came before it is used again, the repair is computed anew.
+random generators behind it, and a fingerprint of the run, by which a file of another run is refused. Settings that no
+look reads (`BEYOND_LOOKS`) may differ: looks that are there are used again, the repair is computed anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from mnp_fast import __version__, io
-from mnp_fast.config import REPAIR_ONLY, PruneConfig
+from mnp_fast.config import BEYOND_LOOKS, PruneConfig
 from mnp_fast.data import DefenceSet
 from mnp_fast.errors import ConfigError
 
 _RANDOM = "random."
 _STAGE = "stage."
-_REPAIR = "settings of the repair"
-_EXPOSING = ("suppress", "search", "weigh")
-"""The stages in which nothing of `REPAIR_ONLY` is read."""
+_BEYOND = "settings of looks and repair"
+_LOOK = re.compile(r"(suppress|search|weigh)(-\d+)?")
+"""The stages of a look, in which nothing of `BEYOND_LOOKS` is read."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Checkpoint:
             return None
         tensors, kept = io.read_state(self._file(stage))
         differing = [name for name, value in self._run.items() if kept["run"].get(name) != value]
-        if differing == [_REPAIR]:
-            if stage not in _EXPOSING:
+        if differing == [_BEYOND]:
+            if not _LOOK.fullmatch(stage):
                 return None
         elif differing:
             raise ConfigError(
@@ -104,13 +105,13 @@ def fingerprint(
 ) -> dict[str, str]:
     """What a run depends on, by name: hashes of weights and pictures, settings, versions."""
     settings = asdict(config)
-    repair = {name: settings.pop(name) for name in sorted(REPAIR_ONLY)}
+    others = {name: settings.pop(name) for name in sorted(BEYOND_LOOKS)}
     return {
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "weights": _hash(model_tensors(model)),
         "pictures": _hash({"images": data.images, "labels": data.labels}),
         "config": io.to_json(settings, indent=None),
-        _REPAIR: io.to_json(repair, indent=None),
+        _BEYOND: io.to_json(others, indent=None),
         "seed": str(seed),
         "device": device.type,
         "products": products,

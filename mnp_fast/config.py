@@ -25,6 +25,9 @@ class PruneConfig:
     """Of convolutions, linear layers and attention: "float32", "bfloat16", or "auto", bfloat16 where the processor has
     such products. Weights, masks, sums and steps are float32 in any case."""
 
+    looks: int = 2
+    """At most so many suppressed models, each drawn anew, whose evidence is averaged; none that could not make a class
+    suspicious any more. Measured."""
     suppression_stop: float = 0.25
     """Clean suppression ends when accuracy has fallen to this share of what it was at first, in (0, 1). Measured."""
     suppression_rate: float = 4e-3
@@ -96,8 +99,9 @@ class PruneConfig:
             )
 
 
-REPAIR_ONLY = frozenset(
+BEYOND_LOOKS = frozenset(
     (
+        "looks",
         "alpha",
         "penalty",
         "mask_rate",
@@ -112,13 +116,14 @@ REPAIR_ONLY = frozenset(
         "suspicion_score",
     )
 )
-"""Settings that nothing reads before the evidence is weighed."""
+"""Settings that no look reads: how many looks there are, and what the repair is."""
 
 _PRECISIONS = ("auto", "float32", "bfloat16")
 _TINY = 1e-30
 _RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (2, math.inf),
     "held_back": (0.01, 0.9),
+    "looks": (1, math.inf),
     "suppression_stop": (0.01, 0.99),
     "suppression_rate": (_TINY, 1.0),
     "suppression_epochs": (1, math.inf),

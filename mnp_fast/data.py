@@ -68,13 +68,14 @@ class DefenceSet:
             raise DataError(f"a set of {n} picture(s) cannot be split into a learning and a held-back part; give more")
         wanted = min(max(1, round(held_back * n)), n - 1)
         shuffled = torch.randperm(n, generator=generator)
-        counts = torch.bincount(self.labels)
+        every = self.labels.cpu()  # as what is drawn
+        counts = torch.bincount(every)
         spare = (counts - 1).clamp_min(0)
         if 2 * int(spare.sum()) < wanted:
             held = shuffled[:wanted]
         else:
             quota = _quota(counts, spare, wanted)
-            labels = self.labels[shuffled]
+            labels = every[shuffled]
             held = torch.cat([shuffled[labels == c][: int(quota[c])] for c in quota.nonzero().flatten().tolist()])
         is_held = torch.zeros(n, dtype=torch.bool)
         is_held[held] = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ the trigger is found at all, from .38 on."""
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What the suppressed model says of clean pictures, as they are and with universal perturbations.
+class Look:
+    """What one suppressed model says of clean pictures, as they are and with universal perturbations.
 
     classes: how many there are. collapse_share: the share of all clean pictures that it puts into the class it predicts
     most often; second_share: the share of the class after it; suppressed_loss: its mean cross-entropy in nats.
@@ -55,48 +55,96 @@ class Evidence:
     batch_norms: bool
 
     @property
-    def score(self) -> float:
-        """In [0, 1]: the perturbed share, 2.4 times the lead and 1.8 times the contrast, added up where they name one
-        class; the largest such sum.
+    def signs(self) -> list[tuple[str, int | None, float]]:
+        """(what, class that it names, how much it says in [0, 1]).
 
         Without BatchNorm the perturbed share does not count: nothing takes out what all pictures share, and a clean ViT
         is fooled altogether (1.0).
         """
-        return min(1.0, max(self._sums.values()))
-
-    @property
-    def suspect(self) -> int | None:
-        """The class that the score is about; of equals the first of pull, transfer and wave."""
-        sums = self._sums
-        return max(sums, key=sums.__getitem__)
-
-    @property
-    def by_wave(self) -> bool:
-        """Whether the wave says more of the suspect than the others do."""
-        said = {kind: share for kind, one, share in self._parts if one == self.suspect}
-        return max(said, key=said.__getitem__) == "wave"
-
-    @property
-    def _parts(self) -> list[tuple[str, int | None, float]]:
-        """(what, class that it names, how much it says in [0, 1])."""
         lead = self.transferred_share - self.transferred_second
-        parts = [("pull", self.pulled_class, self.perturbed_share)] if self.batch_norms else []
-        parts.append(("transfer", self.transferred_class, _TRANSFER * lead))
+        signs = [("pull", self.pulled_class, self.perturbed_share)] if self.batch_norms else []
+        signs.append(("transfer", self.transferred_class, _TRANSFER * lead))
         wave = ("wave", self.wave_class, _CONTRAST * self.wave_contrast)
-        return [(kind, one, min(1.0, max(0.0, share))) for kind, one, share in (*parts, wave)]
+        return [(kind, one, min(1.0, max(0.0, share))) for kind, one, share in (*signs, wave)]
 
     @property
-    def _sums(self) -> dict[int | None, float]:
-        """By class, what is said of it."""
+    def sums(self) -> dict[int | None, float]:
+        """By class, the signs that name it, added up; in the order of the signs."""
         sums: dict[int | None, float] = {}
-        for _, one, share in self._parts:
+        for _, one, share in self.signs:
             sums[one] = sums.get(one, 0.0) + share
         return sums
 
     def report(self) -> dict[str, Any]:
-        """Its fields, the score, and the parts that it adds up, as JSON values."""
-        parts = [{"look": kind, "class": one, "counts": share} for kind, one, share in self._parts]
-        return asdict(self) | {"score": self.score, "parts": parts}
+        """Its fields and signs as JSON values."""
+        return asdict(self) | {
+            "signs": [{"sign": kind, "class": one, "counts": share} for kind, one, share in self.signs]
+        }
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What all looks say together. looks: one or more, of the same network and pictures.
+
+    Much of what one look says of a clean network is noise: its score falls by .35 or more where another look follows,
+    and what is said of an attacker's class stays (docs/decisions.md).
+    """
+
+    looks: tuple[Look, ...]
+
+    @property
+    def said(self) -> dict[int | None, float]:
+        """By class, what is said of it in [0, 1]: the sum of the signs that name it, at most 1 a look, mean over the
+        looks; most first, of equals the one with the greater sums, and then the one that was named first."""
+        looks = [look.sums for look in self.looks]
+        named = dict.fromkeys(one for sums in looks for one in sums)
+        order = sorted(named, key=lambda one: -sum(sums.get(one, 0.0) for sums in looks))
+        said = {one: sum(min(1.0, sums.get(one, 0.0)) for sums in looks) / len(looks) for one in order}
+        return dict(sorted(said.items(), key=lambda item: -item[1]))
+
+    @property
+    def suspect(self) -> int | None:
+        """The class that most is said of."""
+        return next(iter(self.said))
+
+    @property
+    def score(self) -> float:
+        """What is said of the suspect."""
+        return self.said[self.suspect]
+
+    @property
+    def by_wave(self) -> bool:
+        """Whether waves say more of the suspect than each of the other signs does."""
+        sums: dict[str, float] = {}
+        for kind, one, share in (sign for look in self.looks for sign in look.signs):
+            if one == self.suspect:
+                sums[kind] = sums.get(kind, 0.0) + share
+        return max(sums, key=sums.__getitem__) == "wave"
+
+    @property
+    def classes(self) -> int:
+        return self.looks[0].classes
+
+    @property
+    def batch_norms(self) -> bool:
+        return self.looks[0].batch_norms
+
+    def report(self) -> dict[str, Any]:
+        """Score, what is said of each class, most first, and the looks, as JSON values."""
+        return {
+            "score": self.score,
+            "said": [{"class": one, "counts": share} for one, share in self.said.items()],
+            "classes": self.classes,
+            "batch_norms": self.batch_norms,
+            "looks": [look.report() for look in self.looks],
+        }
+
+
+def undecided(looks: Sequence[Look], config: PruneConfig) -> bool:
+    """Whether looks are left (``config.looks``) that can still make a class suspicious, all of them naming it at 1."""
+    left = config.looks - len(looks)
+    most = Evidence(tuple(looks)).score * len(looks)
+    return left > 0 and (most + left) / config.looks >= config.suspicion_score
 
 
 def commonest(logits: Tensor, count: int) -> list[int]:
@@ -113,8 +161,8 @@ def weigh(
     transferred: Mapping[int, float],
     wave: Wave | None,
     batch_norms: bool,
-) -> Evidence:
-    """Evidence from the suppressed model's logits (n, classes) for clean pictures with ``labels`` (n,).
+) -> Look:
+    """One look, from the suppressed model's logits (n, classes) for clean pictures with ``labels`` (n,).
 
     perturbed_logits: for each class that is weighed, the searched one first, (k, classes) of pictures of other classes
     that are perturbed towards it. transferred: for each class that was searched, the share of pictures of other classes
@@ -130,7 +178,7 @@ def weigh(
     counts = torch.bincount(suppressed_logits.argmax(1), minlength=suppressed_logits.shape[1])
     shares = counts.double() / len(labels)
     top = shares.topk(2)
-    return Evidence(
+    return Look(
         classes=len(counts),
         collapse_share=float(top.values[0]),
         second_share=float(top.values[1]),
@@ -177,5 +225,5 @@ def repair_classes(evidence: Evidence, config: PruneConfig) -> list[int]:
     if evidence.score >= config.evidence_score and evidence.suspect is not None:
         return [evidence.suspect]
     suspect = verdict(evidence, config)[1]
-    looked_at = [evidence.searched_class, evidence.pulled_class]
+    looked_at = [one for look in evidence.looks for one in (look.searched_class, look.pulled_class)]
     return list(dict.fromkeys(looked_at if suspect is None else [suspect, *looked_at]))

@@ -44,7 +44,7 @@ def prune(
         same machine and backend. progress: show stages on standard error.
     checkpoint: directory in which every stage is kept as it ends. The same call goes on after the last stage that is
         there, bit for bit as if it had not been interrupted; `scan` and `prune` share theirs, and so do repairs with
-        other settings (`mnp_fast.config.REPAIR_ONLY`) as far as the evidence. It may be deleted then.
+        other settings (`mnp_fast.config.BEYOND_LOOKS`) as far as the evidence. It may be deleted then.
 
     Raises DataError, ModelError, ConfigError or FileError, each naming cause and remedy.
     """

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from torch import Tensor
 
 _BINS = 10
-_LOOKS = {
+_SIGNS = {
     "pull": "Pictures of other classes that the suppressed model puts into this class, once perturbed towards it",
     "transfer": "Lead of this class among small perturbations of the suppressed model that fool the model itself",
     "wave": "How much it depends on the place of a single wave whether the model puts other pictures into this class",
@@ -32,7 +32,7 @@ def html(report: Mapping[str, Any], masks: Mapping[str, Tensor]) -> str:
     pruned = {site: len(neurons) for site, neurons in report.get("pruned", {}).items() if neurons}
     return environment.get_template("report.html").render(
         report=report,
-        looks=_LOOKS,
+        signs=_SIGNS,
         sites=[(site, count, len(masks[site])) for site, count in pruned.items()],
         neurons=sum(map(len, masks.values())),
         histogram=_histogram(masks),

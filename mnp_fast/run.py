@@ -19,7 +19,7 @@ from mnp_fast import __version__
 from mnp_fast.checkpoint import Checkpoint, StageState, fingerprint, model_tensors, restore_
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, check_model, collect
-from mnp_fast.detect import Evidence, commonest, repair_classes, verdict, weigh
+from mnp_fast.detect import Evidence, Look, commonest, repair_classes, undecided, verdict, weigh
 from mnp_fast.device import compute_device, peak_mb, product_dtype
 from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.graph.capture import capture
@@ -36,6 +36,8 @@ from mnp_fast.waves import Wave, find_wave
 
 _CANDIDATES = 10
 """Classes of the suppressed model that the search tries, commonest first."""
+_APART = 1_000_003
+"""Between the seeds of looks: far from the seeds that users try one after the other."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Run:
         recorder = Recorder(self.device) if self.device.type == "cuda" else None
         self.how = Execution(captured, product_dtype(self.config.precision, self.device), recorder)
         self.bar = Progress(self.progress)
-        self.wave: Wave | None = None
+        self.waves: list[Wave] = []
         run = {} if self.checkpoint_directory is None else self.fingerprint()
         self.checkpoint = Checkpoint(self.checkpoint_directory, run, self.generator, self.device)
 
@@ -98,7 +100,29 @@ class Run:
             yield
 
     def expose(self) -> tuple[nn.Module, Evidence]:
-        """The suppressed model, its BatchNorm statistics recalibrated, and what it says."""
+        """The suppressed model of the first look, its BatchNorm statistics recalibrated, and what all looks say."""
+        suppressed, first = self.look("")
+        looks = [first]
+        while undecided(looks, self.config):
+            with self.drawn_anew(len(looks)):
+                looks.append(self.look(f"-{len(looks) + 1}")[1])
+        return suppressed, Evidence(tuple(looks))
+
+    @contextmanager
+    def drawn_anew(self, number: int) -> Iterator[None]:
+        """Other learning pictures out of the same and another order of steps and noise, as with another seed; what
+        comes after the block draws the same with and without it."""
+        state, learning = self.generator.get_state(), self.learning
+        self.generator.manual_seed((self.seed + number * _APART) % 2**63)
+        self.learning = self.data.split(self.config.held_back, self.generator)[0]
+        try:
+            yield
+        finally:
+            self.generator.set_state(state)
+            self.learning = learning
+
+    def look(self, suffix: str) -> tuple[nn.Module, Look]:
+        """A suppressed model, its BatchNorm statistics recalibrated, and what it says. suffix: of its stages' names."""
         suppressed = self.working_copy()
 
         def suppress(entry: dict[str, Any]) -> StageState:
@@ -120,18 +144,25 @@ class Run:
             return StageState({"wave": wave.picture}, found)
 
         def weighed(entry: dict[str, Any]) -> StageState:
-            return StageState(values=asdict(self.weigh(suppressed, searched, transferred, entry)))
+            return StageState(values=asdict(self.weigh(suppressed, searched, transferred, wave, entry)))
 
-        restore_(suppressed, self.once("suppress", suppress).tensors)
-        found = self.once("search", search)
+        restore_(suppressed, self.once(f"suppress{suffix}", suppress).tensors)
+        found = self.once(f"search{suffix}", search)
         searched, transferred = found.values["searched"], dict(map(tuple, found.values["transferred"]))
+        wave = None
         if "wave" in found.values:
-            self.wave = Wave(picture=found.tensors["wave"].to(self.device), **found.values["wave"])
-        return suppressed, Evidence(**self.once("weigh", weighed).values)
+            wave = Wave(picture=found.tensors["wave"].to(self.device), **found.values["wave"])
+            self.waves.append(wave)
+        return suppressed, Look(**self.once(f"weigh{suffix}", weighed).values)
 
     def weigh(
-        self, suppressed: nn.Module, searched: int, transferred: dict[int, float], entry: dict[str, Any]
-    ) -> Evidence:
+        self,
+        suppressed: nn.Module,
+        searched: int,
+        transferred: dict[int, float],
+        wave: Wave | None,
+        entry: dict[str, Any],
+    ) -> Look:
         logits = self.suppressed_logits(suppressed, self.data)
         classes = list(dict.fromkeys([searched, *commonest(logits, 1)]))
         # As many perturbations for two classes as for one.
@@ -145,7 +176,7 @@ class Run:
         norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
         answers = {one: torch.cat(perturbed[one]) for one in classes}
         entry |= {"classes": classes, "perturbations": len(each)}
-        return weigh(logits, self.data.labels, answers, transferred, self.wave, norms)
+        return weigh(logits, self.data.labels, answers, transferred, wave, norms)
 
     def search(self, suppressed: nn.Module) -> tuple[dict[int, float], dict[int, float]]:
         """By class, what a small perturbation pulls there (`pulled`): in the suppressed model, on which it is made with
@@ -176,8 +207,9 @@ class Run:
             return StageState({"perturbations": torch.cat(made)})
 
         found = self.once("perturb", perturbed).tensors["perturbations"].to(self.device)
-        if target is not None and evidence.by_wave and self.wave is not None:
-            found = torch.cat([found, self.wave.picture.expand_as(found)])
+        if target is not None and evidence.by_wave:
+            wave = max((wave for wave in self.waves if wave.target == target), key=lambda wave: wave.contrast)
+            found = torch.cat([found, wave.picture.expand_as(found)])
         return found
 
     def pulled(self, network: nn.Module, perturbations: Tensor, targets: list[int]) -> dict[int, float]:

@@ -239,7 +239,15 @@ def test_the_fitted_network_knows_its_pictures() -> None:
 
 def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     model, data = digits_run()
-    config = PruneConfig(batch_size=16, perturbations=3, perturbation_steps=2, mask_steps=12, finetune_epochs=2)
+    config = PruneConfig(
+        batch_size=16,
+        perturbations=3,
+        perturbation_steps=2,
+        mask_steps=12,
+        finetune_epochs=2,
+        suspicion_score=0,
+        evidence_score=0,
+    )
     calls: Counter[str] = Counter()
     held = round(0.2 * len(data[1]))
 
@@ -268,24 +276,27 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     assert calls[f"select {held}"] == counts.plain
     # An answer that is certain after the held-back pictures asks for no others.
     assert 0 < calls[f"select {len(learning)}"] <= counts.plain
-    tried, classes = result.history[1]["tried"], result.history[2]["classes"]
-    assert result.history[2]["perturbations"] == (3 if len(classes) == 1 else 2)
+    searched, weighed = (end_to_end.entries(result.history, name) for name in ("search", "weigh"))
+    looks = len(result.evidence["looks"])
+    assert len(searched) == len(weighed) == looks == 2
+    assert all(entry["perturbations"] == (3 if len(entry["classes"]) == 1 else 2) for entry in weighed)
+    tried, perturbations = sum(entry["tried"] for entry in searched), sum(entry["perturbations"] for entry in weighed)
     assert calls["perturb"] == counts.search + counts.weigh + counts.perturb
     # Windows that were taken back are run and not counted.
     assert counts.suppress <= calls["suppress"]
     assert counts.search == 3 * tried
     assert counts.perturb == 6
-    weighed = {len(data[1]), *(int((data[1] != label).sum()) for label in classes)}
-    assert sum(calls[f"run {size}"] for size in weighed) == 1 + result.history[2]["perturbations"]
-    # New statistics, and the answers of the teacher.
-    assert calls[f"optimize {len(learning)}"] == 2
+    shown = {len(data[1]), *(int((data[1] != label).sum()) for entry in weighed for label in entry["classes"])}
+    assert sum(calls[f"run {size}"] for size in shown) == looks + perturbations
+    # New statistics of each look, and the answers of the teacher.
+    assert calls[f"optimize {len(learning)}"] == looks + 1
     # Classes to try, and what each perturbation pulls in the suppressed model and in the model itself.
-    assert calls[f"run {len(learning)}"] == 1
+    assert calls[f"run {len(learning)}"] == looks
     sizes = {int((learning.labels != label).sum()) for label in range(10)}
     assert sum(calls[f"run {size}"] for size in sizes) == 2 * tried
     share = len(learning) / len(data[1])
-    waved = result.history[1]["waved"] / len(learning)
-    assert counts.exposed == 3 + result.history[2]["perturbations"] + round((2 * tried + waved) * share)
+    waved = sum(entry["waved"] for entry in searched) / len(learning)
+    assert counts.exposed == 3 * looks + perturbations + round((2 * tried + waved) * share)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 0), (3, 17), (18, 17), (0, 100), (64, 100)])

@@ -12,13 +12,13 @@ import pytest
 import torch
 from networks import snapshot
 from test_optimize import small, taught
-from test_prune import ALWAYS, NAMES, SHORT, Batches, equal, loader, run, run_module, same, state
+from test_prune import ALWAYS, LOOK, LOOKS, NAMES, REPAIR, SHORT, Batches, equal, loader, run, run_module, same, state
 from torch import nn
 
 import mnp_fast
 from mnp_fast import ConfigError, FileError, PruneConfig, PruneResult, checkpoint
 from mnp_fast.checkpoint import Checkpoint, StageState, model_tensors, restore_
-from mnp_fast.config import REPAIR_ONLY
+from mnp_fast.config import BEYOND_LOOKS
 
 CPU = torch.device("cpu")
 
@@ -102,14 +102,15 @@ def test_prune_goes_on_from_scan(model: nn.Module, usual: PruneResult, tmp_path:
     found = mnp_fast.scan(model, loader(), ALWAYS, progress=False, checkpoint=tmp_path)
     result = run(model, checkpoint=tmp_path)
     assert same(result, usual)
-    assert result.history[:3] == found.history
+    assert result.history[: len(LOOKS)] == found.history
     assert mnp_fast.scan(model, loader(), ALWAYS, progress=False, checkpoint=tmp_path).report() == found.report()
 
 
-OTHER_REPAIR = replace(
+OTHER = replace(
     ALWAYS,
     alpha=0.6,
     penalty=1e-3,
+    looks=3,
     mask_rate=0.04,
     mask_steps=20,
     threshold=0.6,
@@ -124,22 +125,24 @@ OTHER_REPAIR = replace(
 
 
 @pytest.mark.parametrize("count", [2, len(NAMES)])
-def test_another_repair_goes_on_from_the_evidence(model: nn.Module, whole: Path, tmp_path: Path, count: int) -> None:
-    differing = {name for name, value in asdict(OTHER_REPAIR).items() if value != getattr(ALWAYS, name)}
-    assert differing == REPAIR_ONLY
+def test_more_looks_and_another_repair_go_on_from_the_looks_that_are_there(
+    model: nn.Module, whole: Path, tmp_path: Path, count: int
+) -> None:
+    differing = {name for name, value in asdict(OTHER).items() if value != getattr(ALWAYS, name)}
+    assert differing == BEYOND_LOOKS
     folder = up_to(whole, count, tmp_path)
     before = run(model, checkpoint=whole).history
-    result = run(model, config=OTHER_REPAIR, checkpoint=folder)
-    assert same(result, run(model, config=OTHER_REPAIR))
-    shared = min(count, 3)
+    result = run(model, config=OTHER, checkpoint=folder)
+    assert same(result, run(model, config=OTHER))
+    shared = min(count, len(LOOKS))
     assert result.history[:shared] == before[:shared]
-    assert stages(result) == list(NAMES)
-    assert all(new != old for new, old in zip(result.history[shared:], before[shared:], strict=True))
+    assert stages(result) == [*LOOKS, *(f"{name}-3" for name in LOOK), *REPAIR]
+    assert not any(entry in before for entry in result.history[shared:])
     # And back.
     assert same(run(model, checkpoint=folder), run(model, checkpoint=whole))
 
 
-def test_what_only_the_repair_reads(model: nn.Module) -> None:
+def test_what_no_look_reads(model: nn.Module) -> None:
     read: set[str] = set()
 
     class Noted(PruneConfig):
@@ -151,8 +154,8 @@ def test_what_only_the_repair_reads(model: nn.Module) -> None:
     exposing = run_module.Run(model, loader(), config, None, 0, False)
     read.clear()
     with exposing.stages():
-        exposing.expose()
-    assert not read & REPAIR_ONLY
+        exposing.look("")
+    assert not read & BEYOND_LOOKS
     assert {"suppression_rate", "perturbation_size", "evidence_size"} <= read
 
 

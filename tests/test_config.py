@@ -44,8 +44,8 @@ def test_the_defaults_stand() -> None:
     config = PruneConfig()
     assert config == PruneConfig(**asdict(config))
     assert config.suspicion_score <= config.evidence_score
-    whole = {"batch_size", "suppression_epochs", "perturbations", "perturbation_steps", "mask_steps", "finetune_epochs"}
-    assert set(WHOLE) == whole
+    optimised = {"suppression_epochs", "perturbations", "perturbation_steps", "mask_steps", "finetune_epochs"}
+    assert set(WHOLE) == {"batch_size", "looks"} | optimised
 
 
 def test_precision() -> None:
@@ -82,7 +82,7 @@ def test_ranges(name: str) -> None:
 
 
 def test_the_least_of_each() -> None:
-    for name in ("suppression_epochs", "perturbations", "perturbation_steps", "mask_steps"):
+    for name in ("looks", "suppression_epochs", "perturbations", "perturbation_steps", "mask_steps"):
         refused(**{name: 0})
         assert getattr(PruneConfig(**{name: 1}), name) == 1
     refused(batch_size=1)  # batch statistics need two

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from mnp_fast.detect import (
     NONE_FOUND,
     SUSPICIOUS,
     Evidence,
+    Look,
     commonest,
     repair_classes,
     repair_strength,
+    undecided,
     verdict,
     weigh,
 )
@@ -33,10 +36,8 @@ def answers(counts: list[int]) -> Tensor:
     return 5.0 * torch.nn.functional.one_hot(predicted, len(counts)).float()
 
 
-def evidence(
-    share: float, target: int = 3, batch_norms: bool = True, transferred: float = 0.1, wave: float = 0.0
-) -> Evidence:
-    return Evidence(
+def look(share: float, target: int = 3, batch_norms: bool = True, transferred: float = 0.1, wave: float = 0.0) -> Look:
+    return Look(
         classes=10,
         collapse_share=0.3,
         second_share=0.0,
@@ -51,6 +52,14 @@ def evidence(
         wave_contrast=wave,
         batch_norms=batch_norms,
     )
+
+
+def evidence(*args: Any, **kwargs: Any) -> Evidence:
+    return Evidence((look(*args, **kwargs),))
+
+
+def changed(found: Evidence, **fields: Any) -> Evidence:
+    return Evidence(tuple(replace(one, **fields) for one in found.looks))
 
 
 @pytest.mark.parametrize(
@@ -85,8 +94,9 @@ def test_what_transfers() -> None:
     found = weigh(logits, labels, {2: logits}, {2: 0.1, 0: 0.75, 1: 0.5}, None, True)
     assert (found.transferred_class, found.transferred_share, found.transferred_second) == (0, 0.75, 0.5)
     assert (found.pulled_class, found.perturbed_share) == (2, 0.3)
-    assert (found.score, found.suspect) == (pytest.approx(0.6), 0)
-    assert found.report()["score"] == found.score
+    together = Evidence((found,))
+    assert (together.score, together.suspect) == (pytest.approx(0.6), 0)
+    assert together.report()["score"] == together.score
     only = weigh(logits, labels, {2: logits}, {2: 0.25}, None, True)
     assert (only.transferred_class, only.transferred_share, only.transferred_second) == (2, 0.25, 0.0)
 
@@ -124,11 +134,11 @@ def test_score(pulled: float, transferred: float, score: float, suspect: int) ->
 def test_what_names_the_same_class_adds_up(
     transferred_class: int, wave_class: int, score: float, suspect: int, by_wave: bool
 ) -> None:
-    found = replace(
+    found = changed(
         evidence(0.4, transferred=0.2, wave=0.1), transferred_class=transferred_class, wave_class=wave_class
     )
     assert (found.score, found.suspect, found.by_wave) == (pytest.approx(score), suspect, by_wave)
-    strong = replace(found, wave_class=3, wave_contrast=0.3)
+    strong = changed(found, wave_class=3, wave_contrast=0.3)
     assert (strong.score, strong.suspect, strong.by_wave) == (
         pytest.approx(min(1.0, 0.94 + 0.24 * (transferred_class == 3))),
         3,
@@ -146,8 +156,12 @@ def test_what_is_found_does_not_hang_on_the_labels() -> None:
 
 def test_report_is_plain_json() -> None:
     found = weigh(answers([1, 9]), torch.arange(10) % 2, {1: answers([2, 3])}, {0: 0.0}, None, True)
-    assert json.loads(json.dumps(found.report(), allow_nan=False)) == found.report()
-    assert found.report()["collapse_share"] == found.collapse_share
+    report = Evidence((found, found)).report()
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert [one["collapse_share"] for one in report["looks"]] == [found.collapse_share] * 2
+    assert report["looks"][0]["signs"][0] == {"sign": "pull", "class": 1, "counts": 0.6}
+    assert report["said"][0] == {"class": 1, "counts": 0.6}
+    assert (report["classes"], report["batch_norms"]) == (2, True)
 
 
 def test_verdict() -> None:
@@ -182,9 +196,15 @@ def test_from_logits_to_verdict() -> None:
     config = PruneConfig(suspicion_score=0.5, evidence_score=0.7)
     labels = torch.arange(10) % 4
     plain = answers([2, 2, 4, 1, 1])
-    assert verdict(weigh(plain, labels, {2: answers([1, 1, 8, 0, 0])}, {0: 0.0}, None, True), config) == (EVIDENCE, 2)
-    assert verdict(weigh(plain, labels, {2: answers([2, 2, 6, 0, 0])}, {0: 0.0}, None, True), config) == (SUSPICIOUS, 2)
-    assert verdict(weigh(plain, labels, {2: answers([8, 0, 2, 0, 0])}, {0: 0.0}, None, True), config) == (
+    assert verdict(Evidence((weigh(plain, labels, {2: answers([1, 1, 8, 0, 0])}, {0: 0.0}, None, True),)), config) == (
+        EVIDENCE,
+        2,
+    )
+    assert verdict(Evidence((weigh(plain, labels, {2: answers([2, 2, 6, 0, 0])}, {0: 0.0}, None, True),)), config) == (
+        SUSPICIOUS,
+        2,
+    )
+    assert verdict(Evidence((weigh(plain, labels, {2: answers([8, 0, 2, 0, 0])}, {0: 0.0}, None, True),)), config) == (
         NONE_FOUND,
         None,
     )
@@ -192,7 +212,7 @@ def test_from_logits_to_verdict() -> None:
 
 def test_few_classes_are_at_most_suspicious() -> None:
     found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, {1: answers([0, 10, 0, 0])}, {0: 0.0}, None, True)
-    assert verdict(found, PruneConfig()) == (SUSPICIOUS, 1)
+    assert verdict(Evidence((found,)), PruneConfig()) == (SUSPICIOUS, 1)
 
 
 def test_networks_without_batch_norms_go_by_what_transfers() -> None:
@@ -206,13 +226,17 @@ def test_networks_without_batch_norms_go_by_what_transfers() -> None:
 def test_a_share_right_at_the_bound_counts(share: float) -> None:
     top = round(100 * share)
     perturbed = answers([top, *[1] * (100 - top)])
-    found = weigh(
-        answers([4, *[1] * (100 - top)]),
-        torch.zeros(104 - top, dtype=torch.int64),
-        {0: perturbed},
-        {0: 0.0},
-        None,
-        True,
+    found = Evidence(
+        (
+            weigh(
+                answers([4, *[1] * (100 - top)]),
+                torch.zeros(104 - top, dtype=torch.int64),
+                {0: perturbed},
+                {0: 0.0},
+                None,
+                True,
+            ),
+        )
     )
     assert verdict(found, PruneConfig(suspicion_score=share, evidence_score=share)) == (EVIDENCE, 0)
     assert verdict(found, PruneConfig(suspicion_score=share, evidence_score=1.0))[0] == SUSPICIOUS
@@ -261,11 +285,72 @@ def test_where_everything_is_suspicious_the_repair_is_whole() -> None:
 
 def test_below_evidence_the_repair_minds_the_classes_that_were_looked_at_too() -> None:
     config = PruneConfig(suspicion_score=0.5, evidence_score=0.8)
-    found = replace(evidence(0.6, wave=0.4), searched_class=2)  # the wave, .72 of class 5, before the pull into 3
+    found = changed(evidence(0.6, wave=0.4), searched_class=2)  # the wave, .72 of class 5, before the pull into 3
     assert found.suspect == 5
     assert repair_classes(found, config) == [5, 2, 3]
-    assert repair_classes(replace(found, searched_class=3), config) == [5, 3]
-    assert repair_classes(replace(found, wave_contrast=0.5), config) == [5]
-    assert repair_classes(replace(found, wave_contrast=0.0, perturbed_share=0.4), config) == [2, 3]
+    assert repair_classes(changed(found, searched_class=3), config) == [5, 3]
+    assert repair_classes(changed(found, wave_contrast=0.5), config) == [5]
+    assert repair_classes(changed(found, wave_contrast=0.0, perturbed_share=0.4), config) == [2, 3]
     # However high, a score without BatchNorm is never more than suspicious; the repair goes by the score.
-    assert repair_classes(replace(found, wave_contrast=0.5, batch_norms=False), config) == [5]
+    assert repair_classes(changed(found, wave_contrast=0.5, batch_norms=False), config) == [5]
+
+
+# ---------------------------------------------------------------- several looks
+def test_what_is_said_of_a_class_is_its_mean_over_the_looks() -> None:
+    one = replace(look(0.4, target=3, transferred=0.2, wave=0.5), wave_class=3)  # 1.3 of class 3, .24 of class 7
+    other = replace(look(0.5, target=7, wave=0.25), transferred_class=1)  # .5 of class 7, .45 of class 5
+    both = Evidence((one, other))
+    assert both.said == pytest.approx({3: 0.5, 7: 0.37, 5: 0.225, 1: 0.0})
+    assert list(both.said) == [3, 7, 5, 1]
+    assert (both.score, both.suspect) == (0.5, 3)
+    assert Evidence((other, one)).said == pytest.approx(both.said)
+    assert verdict(both, PruneConfig(suspicion_score=0.4, evidence_score=0.6)) == (SUSPICIOUS, 3)
+    assert [said["class"] for said in both.report()["said"]] == [3, 7, 5, 1]
+
+
+def test_two_looks_at_different_classes_are_worth_half() -> None:
+    assert Evidence((look(1.0, target=3), look(1.0, target=8))).score == 0.5
+    assert Evidence((look(1.0, target=3), look(1.0, target=3))).score == 1.0
+
+
+def test_of_equal_classes_the_one_with_the_greater_sums() -> None:
+    wave = replace(look(1.0, target=3, transferred=0.2, wave=0.6), transferred_class=5)
+    assert (Evidence((wave,)).score, Evidence((wave,)).suspect) == (1.0, 5)  # 1.0 of class 3, 1.24 of class 5
+    assert Evidence((replace(wave, transferred_share=0.1),)).suspect == 3  # both 1.0: the first that is named
+
+
+def test_by_wave_goes_by_all_looks() -> None:
+    pulled, waved = look(0.9, target=5, wave=0.1), look(0.1, target=5, wave=0.5)
+    assert not Evidence((pulled,)).by_wave
+    assert Evidence((waved,)).by_wave
+    assert Evidence((pulled, waved)).by_wave  # .18 and .9 in place of .9 and .1
+    assert not Evidence((pulled, replace(waved, wave_contrast=0.4))).by_wave
+
+
+@pytest.mark.parametrize(
+    ("looks", "said", "wanted"),
+    [
+        (1, [0.9], False),
+        (2, [0.39], False),
+        (2, [0.41], True),
+        (2, [0.9, 0.9], False),
+        (3, [0.09], False),
+        (3, [0.11], True),
+        (3, [0.9, 0.21], True),
+        (3, [0.3, 0.7], False),
+    ],
+)
+def test_another_look_where_it_could_still_make_a_class_suspicious(looks: int, said: list[float], wanted: bool) -> None:
+    config = PruneConfig(looks=looks, suspicion_score=0.7, evidence_score=0.7)
+    assert undecided([look(share) for share in said], config) is wanted
+    if not wanted and len(said) < looks:
+        best = Evidence((*map(look, said), *[look(1.0)] * (looks - len(said))))
+        assert verdict(best, config) == (NONE_FOUND, None)
+
+
+def test_repair_minds_the_classes_of_all_looks() -> None:
+    config = PruneConfig(suspicion_score=0.5, evidence_score=0.8)
+    looks = (replace(look(0.6), searched_class=2), replace(look(0.5), searched_class=6))
+    assert repair_classes(Evidence(looks), config) == [3, 2, 6]
+    assert repair_classes(Evidence((look(0.9), replace(look(0.8), searched_class=6))), config) == [3]
+    assert repair_classes(Evidence((looks[0], replace(looks[1], perturbed_share=0.0))), config) == [2, 3, 6]

@@ -26,7 +26,7 @@ from benchmarks import digits
 from mnp_fast import ConfigError, DataError, MnpFastError, ModelError, PruneConfig, PruneResult, optimize
 from mnp_fast import run as run_module
 from mnp_fast.data import DefenceSet, collect, logits_of
-from mnp_fast.detect import Evidence
+from mnp_fast.detect import Look
 from mnp_fast.graph.trace import Captured
 from mnp_fast.masked import prune_
 from mnp_fast.sites import find_sites
@@ -46,7 +46,9 @@ SHORT = PruneConfig(
 )
 ALWAYS = replace(SHORT, evidence_score=0, suspicion_score=0)  # always a suspect, so that something is pruned
 prune_module = sys.modules["mnp_fast.prune"]  # the package has a function of that name
-NAMES = ("suppress", "search", "weigh", "perturb", "masks", "select", "fine-tune")
+LOOK, REPAIR = ("suppress", "search", "weigh"), ("perturb", "masks", "select", "fine-tune")
+LOOKS = (*LOOK, *(f"{name}-2" for name in LOOK))
+NAMES = (*LOOKS, *REPAIR)
 
 
 def loader() -> DataLoader[tuple[Tensor, ...]]:
@@ -130,7 +132,7 @@ def test_result(model: nn.Module, usual: PruneResult) -> None:
 def test_history(usual: PruneResult) -> None:
     assert [entry["stage"] for entry in usual.history] == list(NAMES)
     for entry in usual.history:
-        if entry["stage"] not in ("search", "weigh", "perturb"):
+        if entry["stage"].removesuffix("-2") not in ("search", "weigh", "perturb"):
             assert math.isfinite(entry["loss"])
             assert 0 <= entry["accuracy"] <= 1
         assert 0 < entry["seconds"] < 60
@@ -148,7 +150,7 @@ def test_scan_says_what_prune_says(model: nn.Module, usual: PruneResult) -> None
     assert (found.verdict, found.suspected_target) == (usual.verdict, usual.suspected_target)
     assert found.evidence.items() >= usual.evidence.items()
     assert found.evidence["neurons"] == 16
-    assert [entry["stage"] for entry in found.history] == list(NAMES[:3])
+    assert [entry["stage"] for entry in found.history] == list(LOOKS)
 
 
 def test_without_finetuning_only_pruned_weights_change(model: nn.Module) -> None:
@@ -168,7 +170,7 @@ def test_where_nothing_is_pruned_the_model_is_finetuned_all_the_same(model: nn.M
     assert result.threshold == -1
     assert result.suspected_target is None
     assert not equal(state(result), dict(model.state_dict()))
-    assert [entry["stage"] for entry in result.history] == list(NAMES)
+    assert [entry["stage"] for entry in result.history] == [*LOOK, *REPAIR]
     result = run(model, config=replace(config, finetune_epochs=0))
     assert equal(state(result), dict(model.state_dict()))
     assert result.metrics["clean_accuracy_after"] == result.metrics["clean_accuracy_before"]
@@ -189,7 +191,7 @@ def test_far_from_suspicion_the_model_stays_as_it_is(model: nn.Module, monkeypat
     assert [len(mask) for mask in result.masks.values()] == [8, 8]
     assert not any(result.pruned.values())
     assert result.threshold == -1
-    assert [entry["stage"] for entry in result.history] == list(NAMES[:3])
+    assert [entry["stage"] for entry in result.history] == list(LOOK)  # a second could not make a class suspicious
     assert result.metrics["clean_accuracy_after"] == result.metrics["clean_accuracy_before"]
 
 
@@ -207,7 +209,7 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     Towards a suspect perturbations are made on the model; else half of them, and the model takes the place of the
     suppressed one in the masks. Where there is no more than suspicion, class 3 has its share of them.
     """
-    config = replace(config, perturbations=4)
+    config = replace(config, perturbations=4, looks=1)
     suspected = config.suspicion_score < 1
     inner_weigh = run_module.weigh
 
@@ -218,7 +220,7 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
         transferred: dict[int, float],
         wave: Wave | None,
         norms: bool,
-    ) -> Evidence:
+    ) -> Look:
         assert list(perturbed) == [3, 2]
         assert transferred == {2: 0.1, 1: 0.3, 3: 0.2, 0: 0.0}
         found = inner_weigh(logits, labels, perturbed, transferred, wave, True)
@@ -829,9 +831,11 @@ def test_a_clean_twin_keeps_its_accuracy(data: digits.Digits) -> None:
 def test_where_a_wave_is_suspected_it_is_what_is_repaired_with(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, contrast: float, target: int | None
 ) -> None:
-    """Beside the perturbations towards its class, as often as these."""
-    wave = Wave(1, contrast, torch.linspace(-1, 1, 36).view(1, 6, 6), 100)
-    monkeypatch.setattr(run_module, "find_wave", lambda *_: wave)
+    """Beside the perturbations towards its class, as often as these; of the looks' waves the one of most contrast."""
+    picture = torch.linspace(-1, 1, 36).view(1, 6, 6)
+    found = [Wave(1, contrast - 0.1, -picture, 100), Wave(1, contrast, picture, 100), Wave(2, 1.0, 2 * picture, 100)]
+    given = iter(found)
+    monkeypatch.setattr(run_module, "find_wave", lambda *_: next(given))
     inner = run_module.weigh
     monkeypatch.setattr(
         run_module, "weigh", lambda *args: replace(inner(*args), perturbed_share=0.0, transferred_share=0)
@@ -846,13 +850,12 @@ def test_where_a_wave_is_suspected_it_is_what_is_repaired_with(
 
         monkeypatch.setattr(run_module, name, noted)
     before = snapshot(model)
-    result = run(model, config=replace(SHORT, suspicion_score=0.8, evidence_score=0.9))
+    result = run(model, config=replace(SHORT, looks=3, suspicion_score=0.6, evidence_score=0.9))
     assert snapshot(model) == before
     assert result.suspected_target == target
-    assert result.evidence["wave_contrast"] == contrast
+    looks = result.evidence["looks"]
+    assert [look["wave_contrast"] for look in looks] == [wave.contrast for wave in found]
     assert result.history[1]["waved"] == 100
     perturbations, count = asked["learn_masks"][2], SHORT.perturbations
-    assert [torch.equal(one, wave.picture) for one in perturbations] == [False] * count + [True] * (
-        count if target else 0
-    )
+    assert [torch.equal(one, picture) for one in perturbations] == [False] * count + [True] * (count if target else 0)
     assert asked["finetune_"][4] is perturbations

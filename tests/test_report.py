@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from mnp_fast.config import PruneConfig
-from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence
+from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, Look
 from mnp_fast.report import html
 from mnp_fast.result import PruneResult, ScanResult
 
-FOUND = Evidence(10, 0.6, 0.2, 9.5, 3, 8, 0.912, 8, 0.5, 0.125, 4, 0.25, True)
+LOOK = Look(10, 0.6, 0.2, 9.5, 3, 8, 0.912, 8, 0.5, 0.125, 4, 0.25, True)
+FOUND = Evidence((LOOK, replace(LOOK, pulled_class=3, perturbed_share=0.5, transferred_share=0.25, wave_contrast=0.0)))
 MASKS = {"layer.1": torch.tensor([0.0, 0.05, 0.3, 1.0]), "layer.2": torch.ones(3)}
 RUN = {
     "mnp_fast": "0.1.0",
@@ -80,9 +81,14 @@ class Cells(HTMLParser):
         if {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data
 
+    def all(self, first: str) -> list[list[str]]:
+        """The cells after the first of every row that begins with it."""
+        found = [row for row in self.rows if re.fullmatch(re.escape(first) + r"\b.*|" + re.escape(first), row[0])]
+        return [[cell.strip() for cell in row[1:]] for row in found]
+
     def row(self, first: str) -> list[str]:
-        (found,) = [row for row in self.rows if re.fullmatch(re.escape(first) + r"\b.*|" + re.escape(first), row[0])]
-        return [cell.strip() for cell in found[1:]]
+        (found,) = self.all(first)
+        return found
 
 
 def test_what_was_found() -> None:
@@ -92,9 +98,12 @@ def test_what_was_found() -> None:
     assert "Evidence of a backdoor" in page
     assert "Suspected target: class 8." in page
     assert f"Score <strong>{FOUND.score:.3f}" in page
-    assert cells.row("Pictures of other classes")[:2] == ["8", "0.912"]
-    assert cells.row("Lead of this class")[:2] == ["8", "0.900"]
-    assert cells.row("How much it depends")[:2] == ["4", "0.450"]
+    assert [cells.row(f"class {one}")[0] for one in (8, 3, 4)] == ["0.650", "0.250", "0.225"]
+    assert "Look 2 of 2" in page
+    assert "Whatever a further look" not in page
+    assert [row[:2] for row in cells.all("Pictures of other classes")] == [["8", "0.912"], ["3", "0.500"]]
+    assert [row[:2] for row in cells.all("Lead of this class")] == [["8", "0.900"], ["8", "0.300"]]
+    assert [row[:2] for row in cells.all("How much it depends")] == [["4", "0.450"], ["4", "0.000"]]
     assert cells.row("suppress")[:3] == ["3.2", "2.5", "0.19"]
     assert cells.row("search") == ["12.0", "-", "-"]
     assert cells.row("evidence_score") == ["0.9"]
@@ -139,12 +148,13 @@ def test_nothing_found_and_nothing_done() -> None:
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (Evidence(10, 0.6, 0.2, 9.5, 3, 8, 1.0, 8, 0.5, 0.1, None, 0.0, False), "Without BatchNorm"),
-        (Evidence(4, 0.6, 0.2, 9.5, 3, 2, 1.0, 2, 0.5, 0.1, None, 0.0, True), "fewer than five classes"),
+        (replace(LOOK, batch_norms=False), "Without BatchNorm"),
+        (replace(LOOK, classes=4), "fewer than five classes"),
+        (replace(LOOK, wave_class=None), "Whatever a further look"),
     ],
 )
-def test_limits_of_the_verdict(found: Evidence, said: str) -> None:
-    page = html(scanned(found, SUSPICIOUS, 8), {})
+def test_limits_of_the_verdict(found: Look, said: str) -> None:
+    page = html(scanned(Evidence((found,)), SUSPICIOUS, 8), {})
     assert 'class="verdict suspicious"' in page
     assert said in page
     assert said not in html(scanned(), {})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from networks import snapshot
 from test_optimize import quadrants, small, taught
-from test_prune import ALWAYS
+from test_prune import ALWAYS, NAMES
 from torch import Tensor, nn
 
 from mnp_fast import FileError, MnpFastError, PruneResult, prune, scan
@@ -93,15 +93,7 @@ def test_report(result: PruneResult, saved: Path) -> None:
     assert report["run"]["config"] == strict(json.dumps(ALWAYS.__dict__))
     assert report["run"]["seed"] == 0
     assert report["metrics"]["asr_before"] == result.metrics["asr_before"]
-    assert [entry["stage"] for entry in report["history"]] == [
-        "suppress",
-        "search",
-        "weigh",
-        "perturb",
-        "masks",
-        "select",
-        "fine-tune",
-    ]
+    assert [entry["stage"] for entry in report["history"]] == list(NAMES)
     del report["schema_version"]
     assert report == strict(json.dumps(result.report(), allow_nan=False))
 
