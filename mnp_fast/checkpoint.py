@@ -25,7 +25,7 @@ from mnp_fast.errors import ConfigError
 
 _RANDOM = "random."
 _STAGE = "stage."
-_BEYOND = "settings of looks and repair"
+_BEYOND = "settings of the repair"
 _LOOK = re.compile(r"(suppress|search|weigh)(-\d+)?")
 """The stages of a look, in which nothing of `BEYOND_LOOKS` is read."""
 

@@ -26,8 +26,8 @@ class PruneConfig:
     such products. Weights, masks, sums and steps are float32 in any case."""
 
     looks: int = 2
-    """At most so many suppressed models, each drawn anew, whose evidence is averaged; none that could not make a class
-    suspicious any more. Measured."""
+    """At most so many suppressed models, each from its own part of the pictures, whose evidence is averaged; none that
+    could not make a class suspicious any more. Measured."""
     suppression_stop: float = 0.25
     """Clean suppression ends when accuracy has fallen to this share of what it was at first, in (0, 1). Measured."""
     suppression_rate: float = 4e-3
@@ -73,9 +73,9 @@ class PruneConfig:
     suspected, a smaller share of the pictures being perturbed there, at a smaller rate (docs/method.md, "Stages").
     Measured."""
 
-    evidence_score: float = 0.9
+    evidence_score: float = 0.85
     """Score (docs/method.md, "Verdict") from which there is "evidence of a backdoor". Measured."""
-    suspicion_score: float = 0.75
+    suspicion_score: float = 0.7
     """The same for "suspicious". Measured."""
 
     def __post_init__(self) -> None:
@@ -101,7 +101,6 @@ class PruneConfig:
 
 BEYOND_LOOKS = frozenset(
     (
-        "looks",
         "alpha",
         "penalty",
         "mask_rate",
@@ -116,7 +115,7 @@ BEYOND_LOOKS = frozenset(
         "suspicion_score",
     )
 )
-"""Settings that no look reads: how many looks there are, and what the repair is."""
+"""Settings that no look reads; the bound of suspicion decides whether there is another."""
 
 _PRECISIONS = ("auto", "float32", "bfloat16")
 _TINY = 1e-30

@@ -68,18 +68,27 @@ class DefenceSet:
             raise DataError(f"a set of {n} picture(s) cannot be split into a learning and a held-back part; give more")
         wanted = min(max(1, round(held_back * n)), n - 1)
         shuffled = torch.randperm(n, generator=generator)
-        every = self.labels.cpu()  # as what is drawn
-        counts = torch.bincount(every)
+        counts = torch.bincount(self.labels)
         spare = (counts - 1).clamp_min(0)
         if 2 * int(spare.sum()) < wanted:
             held = shuffled[:wanted]
         else:
             quota = _quota(counts, spare, wanted)
-            labels = every[shuffled]
+            labels = self.labels[shuffled]
             held = torch.cat([shuffled[labels == c][: int(quota[c])] for c in quota.nonzero().flatten().tolist()])
         is_held = torch.zeros(n, dtype=torch.bool)
         is_held[held] = True
         return self.subset(~is_held), self.subset(is_held)
+
+    def dealt(self, count: int, generator: torch.Generator) -> list[Tensor]:
+        """Ascending indices of so many disjoint parts of nearly equal sizes, stratified by label; all pictures once."""
+        shuffled = torch.randperm(len(self), generator=generator)
+        by_label = shuffled[self.labels[shuffled].argsort(stable=True)]
+        return [by_label[first::count].sort().values for first in range(count)]
+
+    def joined(self, other: DefenceSet) -> DefenceSet:
+        """These pictures and then those of ``other``."""
+        return DefenceSet(torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels]))
 
     def batches(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None

@@ -84,10 +84,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What all looks say together. looks: one or more, of the same network and pictures.
+    """What all looks say together. looks: one or more, of the same network, each on its own part of the pictures.
 
-    Much of what one look says of a clean network is noise: its score falls by .35 or more where another look follows,
-    and what is said of an attacker's class stays (docs/decisions.md).
+    Much of what one look says of a clean network hangs on its pictures and its noise; what is said of an attacker's
+    class does not (docs/decisions.md).
     """
 
     looks: tuple[Look, ...]
@@ -111,6 +111,17 @@ class Evidence:
     def score(self) -> float:
         """What is said of the suspect."""
         return self.said[self.suspect]
+
+    @property
+    def telling(self) -> int:
+        """Number of the look that says most of the suspect, from 0; of equals the first."""
+        said = [look.sums.get(self.suspect, 0.0) for look in self.looks]
+        return said.index(max(said))
+
+    @property
+    def loudest(self) -> float:
+        """The most that a single look says of one class, in [0, 1]."""
+        return min(1.0, max(max(look.sums.values()) for look in self.looks))
 
     @property
     def by_wave(self) -> bool:
@@ -208,12 +219,12 @@ def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
 def repair_strength(evidence: Evidence, config: PruneConfig) -> float:
     """How strong the repair is, in [0, 1]: 1 where a class is suspected.
 
-    Where none is, it grows with the score, from 0 at half of `suspicion_score` to 1 at three quarters of it: what is
-    far from suspicion is to stay as it is, but an attacked network was missed with a score of .52.
+    Where none is, it grows with the most that any look says of a class, from 0 at half of `suspicion_score` to 1 at
+    three quarters of it: what is far from suspicion is to stay as it is, but an attacked network was missed.
     """
     if evidence.score >= config.suspicion_score:
         return 1.0
-    return min(1.0, max(0.0, 4 * evidence.score / config.suspicion_score - 2))
+    return min(1.0, max(0.0, 4 * evidence.loudest / config.suspicion_score - 2))
 
 
 def repair_classes(evidence: Evidence, config: PruneConfig) -> list[int]:

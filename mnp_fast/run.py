@@ -36,8 +36,8 @@ from mnp_fast.waves import Wave, find_wave
 
 _CANDIDATES = 10
 """Classes of the suppressed model that the search tries, commonest first."""
-_APART = 1_000_003
-"""Between the seeds of looks: far from the seeds that users try one after the other."""
+_FEWEST = 60
+"""Learning pictures of a look; with fewer every look learns from all of them."""
 
 
 @dataclass
@@ -67,6 +67,10 @@ class Run:
         self.device = own if self.given_device is None else compute_device(self.given_device)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.learning, self.held = self.data.split(self.config.held_back, self.generator)
+        # Looks at parts too small say too little (docs/decisions.md).
+        whole = len(self.learning) < self.config.looks * _FEWEST
+        both = (part.dealt(1 if whole else self.config.looks, self.generator) for part in (self.learning, self.held))
+        self.parts = list(zip(*both, strict=True)) * (self.config.looks if whole else 1)
         self.data, self.learning, self.held = (part.on(self.device) for part in (self.data, self.learning, self.held))
         # The copy that is masked; float32, since steps of masks and weights are lost in half precision.
         self.plain = self.working_copy()
@@ -100,42 +104,39 @@ class Run:
             yield
 
     def expose(self) -> tuple[nn.Module, Evidence]:
-        """The suppressed model of the first look, its BatchNorm statistics recalibrated, and what all looks say."""
-        suppressed, first = self.look("")
-        looks = [first]
-        while undecided(looks, self.config):
-            with self.drawn_anew(len(looks)):
-                looks.append(self.look(f"-{len(looks) + 1}")[1])
-        return suppressed, Evidence(tuple(looks))
+        """The suppressed model of the look that says most of the suspect, its BatchNorm statistics recalibrated, and
+        what all looks say."""
+        suppressed: list[nn.Module] = []
+        looks: list[Look] = []
+        for number, (own, others) in enumerate(self.parts, 1):
+            if looks and not undecided(looks, self.config):
+                break
+            learning = self.learning.subset(own)
+            shown = learning.joined(self.held.subset(others))
+            model, look = self.look(learning, shown, f"-{number}" if number > 1 else "")
+            suppressed.append(model)
+            looks.append(look)
+        evidence = Evidence(tuple(looks))
+        return suppressed[evidence.telling], evidence
 
-    @contextmanager
-    def drawn_anew(self, number: int) -> Iterator[None]:
-        """Other learning pictures out of the same and another order of steps and noise, as with another seed; what
-        comes after the block draws the same with and without it."""
-        state, learning = self.generator.get_state(), self.learning
-        self.generator.manual_seed((self.seed + number * _APART) % 2**63)
-        self.learning = self.data.split(self.config.held_back, self.generator)[0]
-        try:
-            yield
-        finally:
-            self.generator.set_state(state)
-            self.learning = learning
+    def look(self, learning: DefenceSet, shown: DefenceSet, suffix: str) -> tuple[nn.Module, Look]:
+        """A model suppressed on ``learning``, its BatchNorm statistics recalibrated, and what it says of ``shown``.
 
-    def look(self, suffix: str) -> tuple[nn.Module, Look]:
-        """A suppressed model, its BatchNorm statistics recalibrated, and what it says. suffix: of its stages' names."""
+        suffix: of the names of its stages.
+        """
         suppressed = self.working_copy()
 
         def suppress(entry: dict[str, Any]) -> StageState:
-            trace = suppress_(suppressed, self.learning, self.config, self.generator, self.bar, self.how)
+            trace = suppress_(suppressed, learning, self.config, self.generator, self.bar, self.how)
             entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
-            recalibrate_(suppressed, self.learning, self.config)
+            recalibrate_(suppressed, learning, self.config)
             return StageState(model_tensors(suppressed))
 
         def search(entry: dict[str, Any]) -> StageState:
-            pulls, transferred = self.search(suppressed)
+            pulls, transferred = self.search(suppressed, learning)
             searched = max(pulls, key=pulls.__getitem__)
             size = self.config.perturbation_size
-            wave = find_wave(self.plain, self.sites, self.learning, size, self.config, self.bar, self.how)
+            wave = find_wave(self.plain, self.sites, learning, size, self.config, self.bar, self.how)
             entry |= {"class": searched, "tried": len(pulls), "waved": 0 if wave is None else wave.waved}
             found = {"searched": searched, "transferred": list(transferred.items())}
             if wave is None:
@@ -144,7 +145,11 @@ class Run:
             return StageState({"wave": wave.picture}, found)
 
         def weighed(entry: dict[str, Any]) -> StageState:
-            return StageState(values=asdict(self.weigh(suppressed, searched, transferred, wave, entry)))
+            logits = self.suppressed_logits(suppressed, shown)
+            classes = list(dict.fromkeys([searched, *commonest(logits, 1)]))
+            answers = self.perturbed_logits(suppressed, classes, learning, shown, entry)
+            norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
+            return StageState(values=asdict(weigh(logits, shown.labels, answers, transferred, wave, norms)))
 
         restore_(suppressed, self.once(f"suppress{suffix}", suppress).tensors)
         found = self.once(f"search{suffix}", search)
@@ -155,41 +160,39 @@ class Run:
             self.waves.append(wave)
         return suppressed, Look(**self.once(f"weigh{suffix}", weighed).values)
 
-    def weigh(
+    def perturbed_logits(
         self,
         suppressed: nn.Module,
-        searched: int,
-        transferred: dict[int, float],
-        wave: Wave | None,
+        classes: list[int],
+        learning: DefenceSet,
+        shown: DefenceSet,
         entry: dict[str, Any],
-    ) -> Look:
-        logits = self.suppressed_logits(suppressed, self.data)
-        classes = list(dict.fromkeys([searched, *commonest(logits, 1)]))
+    ) -> dict[int, Tensor]:
+        """By class (k, all classes): logits for the pictures of other classes in ``shown``, perturbed towards it."""
         # As many perturbations for two classes as for one.
         each = [one for one in classes for _ in range(max(1, self.config.perturbations // len(classes)))]
-        found = self.perturbations("weigh", suppressed, each, self.config.evidence_size, batch_statistics=True)
-        perturbed: dict[int, list[Tensor]] = {one: [] for one in classes}
+        size = self.config.evidence_size
+        found = self.perturbations("weigh", suppressed, each, learning, size, batch_statistics=True)
+        answers: dict[int, list[Tensor]] = {one: [] for one in classes}
         for target, perturbation in zip(each, found, strict=True):
-            others = self.data.subset(self.data.labels != target)
+            others = shown.subset(shown.labels != target)
             images = DefenceSet(others.images + perturbation, others.labels)
-            perturbed[target].append(self.suppressed_logits(suppressed, images))
-        norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
-        answers = {one: torch.cat(perturbed[one]) for one in classes}
+            answers[target].append(self.suppressed_logits(suppressed, images))
         entry |= {"classes": classes, "perturbations": len(each)}
-        return weigh(logits, self.data.labels, answers, transferred, wave, norms)
+        return {one: torch.cat(answers[one]) for one in classes}
 
-    def search(self, suppressed: nn.Module) -> tuple[dict[int, float], dict[int, float]]:
+    def search(self, suppressed: nn.Module, learning: DefenceSet) -> tuple[dict[int, float], dict[int, float]]:
         """By class, what a small perturbation pulls there (`pulled`): in the suppressed model, on which it is made with
         recalibrated statistics, and in the model itself."""
-        logits = predict(suppressed, self.learning, self.config.batch_size, self.device)
+        logits = predict(suppressed, learning, self.config.batch_size, self.device)
         tried = commonest(logits, _CANDIDATES)
         # Smaller than for repair: what is large pulls into every class.
         size, steps = self.config.perturbation_size / 4, self.config.perturbation_steps
         # Halfway they fool the model itself least into classes that are not the target (docs/decisions.md).
-        early = self.perturbations("search", suppressed, tried, size, max(1, steps // 2))
-        transferred = self.pulled(self.plain, early, tried)
-        found = self.perturbations("search", suppressed, tried, size, steps, start=early)
-        return self.pulled(suppressed, found, tried), transferred
+        early = self.perturbations("search", suppressed, tried, learning, size, max(1, steps // 2))
+        transferred = self.pulled(self.plain, early, tried, learning)
+        found = self.perturbations("search", suppressed, tried, learning, size, steps, start=early)
+        return self.pulled(suppressed, found, tried, learning), transferred
 
     def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None, size: float) -> Tensor:
         """Perturbations for masks and fine-tuning, towards `repair_classes`: made on the model itself where a class is
@@ -203,7 +206,8 @@ class Run:
         parts = [(network, towards[n :: len(networks)]) for n, network in enumerate(networks)]
 
         def perturbed(entry: dict[str, Any]) -> StageState:
-            made = [self.perturbations("perturb", network, part, size) for network, part in parts if part]
+            given = [(network, part) for network, part in parts if part]
+            made = [self.perturbations("perturb", network, part, self.learning, size) for network, part in given]
             return StageState({"perturbations": torch.cat(made)})
 
         found = self.once("perturb", perturbed).tensors["perturbations"].to(self.device)
@@ -212,12 +216,14 @@ class Run:
             found = torch.cat([found, wave.picture.expand_as(found)])
         return found
 
-    def pulled(self, network: nn.Module, perturbations: Tensor, targets: list[int]) -> dict[int, float]:
-        """By target, the share of the learning pictures of other classes that go there with its perturbation."""
+    def pulled(
+        self, network: nn.Module, perturbations: Tensor, targets: list[int], learning: DefenceSet
+    ) -> dict[int, float]:
+        """By target, the share of the pictures of other classes that go there with its perturbation."""
         found = {}
         with masked(network, self.sites, torch.ones_like(self.magnitude), how=self.how):
             for target, perturbation in zip(targets, perturbations, strict=True):
-                others = self.learning.subset(self.learning.labels != target)
+                others = learning.subset(learning.labels != target)
                 images = DefenceSet(others.images + perturbation, others.labels)
                 logits = predict(network, images, self.config.batch_size, self.device)
                 found[target] = float((logits.argmax(1) == target).double().mean())
@@ -228,6 +234,7 @@ class Run:
         stage: str,
         network: nn.Module,
         targets: list[int],
+        learning: DefenceSet,
         size: float,
         steps: int | None = None,
         start: Tensor | None = None,
@@ -239,7 +246,7 @@ class Run:
             network,
             targets,
             self.sites,
-            self.learning,
+            learning,
             self.config,
             self.generator,
             self.bar,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from networks import snapshot
 from test_optimize import small, taught
-from test_prune import ALWAYS, LOOK, LOOKS, NAMES, REPAIR, SHORT, Batches, equal, loader, run, run_module, same, state
+from test_prune import ALWAYS, LOOKS, NAMES, REPAIR, SHORT, Batches, equal, loader, run, run_module, same, state
 from torch import nn
 
 import mnp_fast
@@ -110,7 +110,6 @@ OTHER = replace(
     ALWAYS,
     alpha=0.6,
     penalty=1e-3,
-    looks=3,
     mask_rate=0.04,
     mask_steps=20,
     threshold=0.6,
@@ -125,9 +124,7 @@ OTHER = replace(
 
 
 @pytest.mark.parametrize("count", [2, len(NAMES)])
-def test_more_looks_and_another_repair_go_on_from_the_looks_that_are_there(
-    model: nn.Module, whole: Path, tmp_path: Path, count: int
-) -> None:
+def test_another_repair_goes_on_from_the_evidence(model: nn.Module, whole: Path, tmp_path: Path, count: int) -> None:
     differing = {name for name, value in asdict(OTHER).items() if value != getattr(ALWAYS, name)}
     assert differing == BEYOND_LOOKS
     folder = up_to(whole, count, tmp_path)
@@ -136,7 +133,7 @@ def test_more_looks_and_another_repair_go_on_from_the_looks_that_are_there(
     assert same(result, run(model, config=OTHER))
     shared = min(count, len(LOOKS))
     assert result.history[:shared] == before[:shared]
-    assert stages(result) == [*LOOKS, *(f"{name}-3" for name in LOOK), *REPAIR]
+    assert stages(result) == [*LOOKS, *REPAIR]
     assert not any(entry in before for entry in result.history[shared:])
     # And back.
     assert same(run(model, checkpoint=folder), run(model, checkpoint=whole))
@@ -154,7 +151,7 @@ def test_what_no_look_reads(model: nn.Module) -> None:
     exposing = run_module.Run(model, loader(), config, None, 0, False)
     read.clear()
     with exposing.stages():
-        exposing.look("")
+        exposing.look(exposing.learning, exposing.data, "")
     assert not read & BEYOND_LOOKS
     assert {"suppression_rate", "perturbation_size", "evidence_size"} <= read
 

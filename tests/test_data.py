@@ -284,3 +284,19 @@ def test_unusable_models_are_refused_with_their_cause(case: str) -> None:
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"logits": x}, lambda x: SimpleNamespace(logits=x)])
 def test_logits_are_found(wrap) -> None:
     assert logits_of(wrap(X)) is X
+
+
+@pytest.mark.parametrize(("n", "count"), [(40, 1), (40, 2), (41, 3), (5, 2), (1, 2), (0, 2)])
+def test_dealt_parts(n: int, count: int) -> None:
+    labels = torch.randint(4, (n,), generator=torch.Generator().manual_seed(1))
+    data = DefenceSet(torch.arange(float(n))[:, None], labels)
+    parts = data.dealt(count, torch.Generator().manual_seed(3))
+    again = data.dealt(count, torch.Generator().manual_seed(3))
+    assert all(torch.equal(one, other) for one, other in zip(parts, again, strict=True))
+    assert sorted(torch.cat(parts).tolist()) == list(range(n))
+    assert all(part.tolist() == sorted(part.tolist()) for part in parts)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for label in range(4):
+        share = [int((labels[part] == label).sum()) for part in parts]
+        assert max(share) - min(share) <= 1
+    assert len(data.joined(data.subset(parts[0]))) == n + len(parts[0])

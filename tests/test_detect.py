@@ -218,7 +218,7 @@ def test_few_classes_are_at_most_suspicious() -> None:
 def test_networks_without_batch_norms_go_by_what_transfers() -> None:
     # Perturbations fool clean ones altogether, and few have been seen: never more than suspicious.
     assert verdict(evidence(1.0, batch_norms=False), PruneConfig()) == (NONE_FOUND, None)
-    assert verdict(evidence(1.0, batch_norms=False, transferred=0.4), PruneConfig()) == (NONE_FOUND, None)
+    assert verdict(evidence(1.0, batch_norms=False, transferred=0.35), PruneConfig()) == (NONE_FOUND, None)
     assert verdict(evidence(0.1, batch_norms=False, transferred=0.7), PruneConfig()) == (SUSPICIOUS, 7)
 
 
@@ -346,6 +346,21 @@ def test_another_look_where_it_could_still_make_a_class_suspicious(looks: int, s
     if not wanted and len(said) < looks:
         best = Evidence((*map(look, said), *[look(1.0)] * (looks - len(said))))
         assert verdict(best, config) == (NONE_FOUND, None)
+
+
+def test_the_look_that_says_most_of_the_suspect() -> None:
+    looks = look(0.2, target=3), look(0.9, target=3), look(1.0, target=8)
+    assert Evidence(looks).telling == 1
+    assert Evidence(looks[1:]).telling == 1  # .5 for class 8
+    assert Evidence((looks[0], looks[0])).telling == 0
+
+
+def test_the_precaution_goes_by_the_loudest_look() -> None:
+    config = PruneConfig(suspicion_score=0.8)
+    found = Evidence((look(0.5, target=3), look(0.56, target=8)))
+    assert (found.score, found.loudest) == (pytest.approx(0.28), 0.56)
+    assert repair_strength(found, config) == pytest.approx(0.8)
+    assert repair_strength(Evidence((look(0.3), look(1.0, target=8, wave=1.0))), config) == 1.0
 
 
 def test_repair_minds_the_classes_of_all_looks() -> None:

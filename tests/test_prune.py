@@ -244,7 +244,7 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     monkeypatch.setattr(run_module, "commonest", lambda logits, count: [2, 1, 3, 0][:count])
     pulls, transferred = {2: 0.1, 1: 0.2, 3: 0.7, 0: 0.4}, {2: 0.1, 1: 0.3, 3: 0.2, 0: 0.0}
 
-    def pulled(self: Any, network: nn.Module, found: Tensor, targets: list[int]) -> dict[int, float]:
+    def pulled(self: Any, network: nn.Module, found: Tensor, targets: list[int], _: DefenceSet) -> dict[int, float]:
         shares = transferred if network is self.plain else pulls
         return {target: shares[target] for target in targets}
 
@@ -296,7 +296,70 @@ def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model
     with torch.no_grad():
         predicted = model(images + shift).argmax(1)
     shares = {one: float((predicted[labels != one] == one).float().mean()) for one in range(4)}
-    assert whole.pulled(model, shift.expand(4, 1, 6, 6), list(range(4))) == pytest.approx(shares)
+    assert whole.pulled(model, shift.expand(4, 1, 6, 6), list(range(4)), whole.learning) == pytest.approx(shares)
+
+
+# ---------------------------------------------------------------- looks
+def test_every_look_has_pictures_of_its_own(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "_FEWEST", 48)
+    whole = run_module.Run(model, loader(), ALWAYS, None, 0, False)
+    assert (len(whole.learning), len(whole.held)) == (96, 24)
+    seen: list[tuple[DefenceSet, DefenceSet]] = []
+    inner = whole.look
+
+    def noted(learning: DefenceSet, shown: DefenceSet, suffix: str) -> tuple[nn.Module, Look]:
+        seen.append((learning, shown))
+        return inner(learning, shown, suffix)
+
+    monkeypatch.setattr(whole, "look", noted)
+    with whole.stages():
+        evidence = whole.expose()[1]
+    assert len(evidence.looks) == len(seen) == 2
+
+    def rows(*sets: DefenceSet) -> list[list[float]]:
+        return sorted(row for one in sets for row in one.images.flatten(1).tolist())
+
+    assert rows(*(learning for learning, _ in seen)) == rows(whole.learning)
+    assert rows(*(shown for _, shown in seen)) == rows(whole.learning, whole.held)
+    for learning, shown in seen:
+        assert (len(learning), len(shown)) == (48, 60)
+        assert torch.bincount(learning.labels).tolist() == [12] * 4
+        assert torch.bincount(shown.labels).tolist() == [15] * 4
+        assert torch.equal(shown.images[:48], learning.images)
+
+
+def test_where_there_are_few_pictures_every_look_sees_all(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "_FEWEST", 49)
+    whole = run_module.Run(model, loader(), ALWAYS, None, 0, False)
+    assert [len(part) for part, _ in whole.parts] == [96, 96]
+    with whole.stages():
+        evidence = whole.expose()[1]
+    one, other = evidence.looks
+    assert one != other  # drawn anew
+
+
+def test_masks_are_learned_with_the_look_that_says_most(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter((0.6, 0.9, 0.7))
+    inner = run_module.weigh
+    monkeypatch.setattr(
+        run_module,
+        "weigh",
+        lambda *args: replace(inner(*args), pulled_class=2, perturbed_share=next(said), transferred_share=0.0),
+    )
+    whole = run_module.Run(model, loader(), replace(ALWAYS, looks=3), None, 0, False)
+    made: list[nn.Module] = []
+    inner_look = whole.look
+
+    def noted(*args: Any) -> tuple[nn.Module, Look]:
+        suppressed, look = inner_look(*args)
+        made.append(suppressed)
+        return suppressed, look
+
+    monkeypatch.setattr(whole, "look", noted)
+    with whole.stages():
+        suppressed, evidence = whole.expose()
+    assert (len(made), evidence.telling) == (3, 1)
+    assert suppressed is made[1]
 
 
 # ---------------------------------------------------------------- held-back pictures and triggered ones
