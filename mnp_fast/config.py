@@ -25,9 +25,9 @@ class PruneConfig:
     """Of convolutions, linear layers and attention: "float32", "bfloat16", or "auto", bfloat16 where the processor has
     such products. Weights, masks, sums and steps are float32 in any case."""
 
-    looks: int = 2
-    """At most so many suppressed models, each from its own part of the pictures, whose evidence is averaged; none that
-    could not make a class suspicious any more. Measured."""
+    looks: int = 3
+    """At most so many suppressed models, whose evidence is averaged: the first from all learning pictures, the others,
+    where it finds something and they can still matter, each from its own part of them. Measured."""
     suppression_stop: float = 0.25
     """Clean suppression ends when accuracy has fallen to this share of what it was at first, in (0, 1). Measured."""
     suppression_rate: float = 4e-3
@@ -73,9 +73,9 @@ class PruneConfig:
     suspected, a smaller share of the pictures being perturbed there, at a smaller rate (docs/method.md, "Stages").
     Measured."""
 
-    evidence_score: float = 0.85
+    evidence_score: float = 0.8
     """Score (docs/method.md, "Verdict") from which there is "evidence of a backdoor". Measured."""
-    suspicion_score: float = 0.7
+    suspicion_score: float = 0.75
     """The same for "suspicious". Measured."""
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ BEYOND_LOOKS = frozenset(
         "suspicion_score",
     )
 )
-"""Settings that no look reads; the bound of suspicion decides whether there is another."""
+"""Settings that no look reads; the bound of suspicion decides whether there is another one."""
 
 _PRECISIONS = ("auto", "float32", "bfloat16")
 _TINY = 1e-30

@@ -37,7 +37,9 @@ from mnp_fast.waves import Wave, find_wave
 _CANDIDATES = 10
 """Classes of the suppressed model that the search tries, commonest first."""
 _FEWEST = 60
-"""Learning pictures of a look; with fewer every look learns from all of them."""
+"""Learning pictures of a look after the first; with fewer it learns from all of them."""
+_APART = 1_000_003
+"""Between the seed of a run and that of its looks after the first: far from what users try one after the other."""
 
 
 @dataclass
@@ -67,10 +69,6 @@ class Run:
         self.device = own if self.given_device is None else compute_device(self.given_device)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.learning, self.held = self.data.split(self.config.held_back, self.generator)
-        # Looks at parts too small say too little (docs/decisions.md).
-        whole = len(self.learning) < self.config.looks * _FEWEST
-        both = (part.dealt(1 if whole else self.config.looks, self.generator) for part in (self.learning, self.held))
-        self.parts = list(zip(*both, strict=True)) * (self.config.looks if whole else 1)
         self.data, self.learning, self.held = (part.on(self.device) for part in (self.data, self.learning, self.held))
         # The copy that is masked; float32, since steps of masks and weights are lost in half precision.
         self.plain = self.working_copy()
@@ -104,20 +102,39 @@ class Run:
             yield
 
     def expose(self) -> tuple[nn.Module, Evidence]:
-        """The suppressed model of the look that says most of the suspect, its BatchNorm statistics recalibrated, and
-        what all looks say."""
-        suppressed: list[nn.Module] = []
-        looks: list[Look] = []
-        for number, (own, others) in enumerate(self.parts, 1):
-            if looks and not undecided(looks, self.config):
-                break
+        """A suppressed model, its BatchNorm statistics recalibrated, and what all looks say.
+
+        It is that of the first look; where a class is suspected, of the one that says most of it.
+        """
+        found = [self.look(self.learning, self.data, "")]
+        with self.drawn_apart():
+            for number, (learning, shown) in enumerate(self.parts(), 2):
+                if not undecided([look for _, look in found], self.config):
+                    break
+                found.append(self.look(learning, shown, f"-{number}"))
+        evidence = Evidence(tuple(look for _, look in found))
+        suspected = verdict(evidence, self.config)[1] is not None
+        return found[evidence.telling if suspected else 0][0], evidence
+
+    @contextmanager
+    def drawn_apart(self) -> Iterator[None]:
+        """Draws from a seed of its own: what comes after the block draws the same with and without it."""
+        state = self.generator.get_state()
+        self.generator.manual_seed((self.seed + _APART) % 2**63)
+        try:
+            yield
+        finally:
+            self.generator.set_state(state)
+
+    def parts(self) -> Iterator[tuple[DefenceSet, DefenceSet]]:
+        """For each look after the first the pictures that it learns from, and these with held-back ones, which it is
+        shown: parts of nearly equal size, or all of them each time where a part had too few."""
+        count = self.config.looks - 1
+        few = len(self.learning) < count * _FEWEST
+        both = [part.dealt(1 if few else count, self.generator) for part in (self.learning, self.held)]
+        for own, others in zip(*(parts * count if few else parts for parts in both), strict=True):
             learning = self.learning.subset(own)
-            shown = learning.joined(self.held.subset(others))
-            model, look = self.look(learning, shown, f"-{number}" if number > 1 else "")
-            suppressed.append(model)
-            looks.append(look)
-        evidence = Evidence(tuple(looks))
-        return suppressed[evidence.telling], evidence
+            yield learning, learning.joined(self.held.subset(others))
 
     def look(self, learning: DefenceSet, shown: DefenceSet, suffix: str) -> tuple[nn.Module, Look]:
         """A model suppressed on ``learning``, its BatchNorm statistics recalibrated, and what it says of ``shown``.

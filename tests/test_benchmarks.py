@@ -278,7 +278,7 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     assert 0 < calls[f"select {len(learning)}"] <= counts.plain
     searched, weighed = (end_to_end.entries(result.history, name) for name in ("search", "weigh"))
     looks = len(result.evidence["looks"])
-    assert len(searched) == len(weighed) == looks == 2
+    assert len(searched) == len(weighed) == looks == 3
     assert all(entry["perturbations"] == (3 if len(entry["classes"]) == 1 else 2) for entry in weighed)
     tried, perturbations = sum(entry["tried"] for entry in searched), sum(entry["perturbations"] for entry in weighed)
     assert calls["perturb"] == counts.search + counts.weigh + counts.perturb

@@ -47,7 +47,7 @@ SHORT = PruneConfig(
 ALWAYS = replace(SHORT, evidence_score=0, suspicion_score=0)  # always a suspect, so that something is pruned
 prune_module = sys.modules["mnp_fast.prune"]  # the package has a function of that name
 LOOK, REPAIR = ("suppress", "search", "weigh"), ("perturb", "masks", "select", "fine-tune")
-LOOKS = (*LOOK, *(f"{name}-2" for name in LOOK))
+LOOKS = (*LOOK, *(f"{name}-2" for name in LOOK), *(f"{name}-3" for name in LOOK))
 NAMES = (*LOOKS, *REPAIR)
 
 
@@ -132,7 +132,7 @@ def test_result(model: nn.Module, usual: PruneResult) -> None:
 def test_history(usual: PruneResult) -> None:
     assert [entry["stage"] for entry in usual.history] == list(NAMES)
     for entry in usual.history:
-        if entry["stage"].removesuffix("-2") not in ("search", "weigh", "perturb"):
+        if entry["stage"].rstrip("-23") not in ("search", "weigh", "perturb"):
             assert math.isfinite(entry["loss"])
             assert 0 <= entry["accuracy"] <= 1
         assert 0 < entry["seconds"] < 60
@@ -300,28 +300,46 @@ def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model
 
 
 # ---------------------------------------------------------------- looks
-def test_every_look_has_pictures_of_its_own(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "_FEWEST", 48)
-    whole = run_module.Run(model, loader(), ALWAYS, None, 0, False)
-    assert (len(whole.learning), len(whole.held)) == (96, 24)
-    seen: list[tuple[DefenceSet, DefenceSet]] = []
-    inner = whole.look
+def looked(run: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[DefenceSet, DefenceSet]], list[nn.Module]]:
+    """What the looks of a run learn from and are shown, and their suppressed models, once it has exposed."""
+    pictures: list[tuple[DefenceSet, DefenceSet]] = []
+    made: list[nn.Module] = []
+    inner = run.look
 
     def noted(learning: DefenceSet, shown: DefenceSet, suffix: str) -> tuple[nn.Module, Look]:
-        seen.append((learning, shown))
-        return inner(learning, shown, suffix)
+        suppressed, look = inner(learning, shown, suffix)
+        pictures.append((learning, shown))
+        made.append(suppressed)
+        return suppressed, look
 
-    monkeypatch.setattr(whole, "look", noted)
+    monkeypatch.setattr(run, "look", noted)
+    return pictures, made
+
+
+def saying(monkeypatch: pytest.MonkeyPatch, *shares: float) -> None:
+    """Looks that say these shares of class 2, and nothing else."""
+    said, inner = iter(shares), run_module.weigh
+    changes = {"pulled_class": 2, "transferred_share": 0.0, "wave_contrast": 0.0}
+    monkeypatch.setattr(run_module, "weigh", lambda *args: replace(inner(*args), perturbed_share=next(said), **changes))
+
+
+def test_the_first_look_is_at_all_pictures_and_the_others_at_parts(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "_FEWEST", 48)
+    whole = run_module.Run(model, loader(), ALWAYS, None, 0, False)
+    pictures, _ = looked(whole, monkeypatch)
     with whole.stages():
         evidence = whole.expose()[1]
-    assert len(evidence.looks) == len(seen) == 2
+    assert len(evidence.looks) == len(pictures) == 3
+    assert pictures[0] == (whole.learning, whole.data)
 
     def rows(*sets: DefenceSet) -> list[list[float]]:
         return sorted(row for one in sets for row in one.images.flatten(1).tolist())
 
-    assert rows(*(learning for learning, _ in seen)) == rows(whole.learning)
-    assert rows(*(shown for _, shown in seen)) == rows(whole.learning, whole.held)
-    for learning, shown in seen:
+    assert rows(*(learning for learning, _ in pictures[1:])) == rows(whole.learning)
+    assert rows(*(shown for _, shown in pictures[1:])) == rows(whole.data)
+    for learning, shown in pictures[1:]:
         assert (len(learning), len(shown)) == (48, 60)
         assert torch.bincount(learning.labels).tolist() == [12] * 4
         assert torch.bincount(shown.labels).tolist() == [15] * 4
@@ -331,35 +349,50 @@ def test_every_look_has_pictures_of_its_own(model: nn.Module, monkeypatch: pytes
 def test_where_there_are_few_pictures_every_look_sees_all(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "_FEWEST", 49)
     whole = run_module.Run(model, loader(), ALWAYS, None, 0, False)
-    assert [len(part) for part, _ in whole.parts] == [96, 96]
+    pictures, _ = looked(whole, monkeypatch)
     with whole.stages():
-        evidence = whole.expose()[1]
-    one, other = evidence.looks
-    assert one != other  # drawn anew
+        looks = whole.expose()[1].looks
+    assert [(len(learning), len(shown)) for learning, shown in pictures] == [(96, 120)] * 3
+    assert looks[0] != looks[1] != looks[2]  # drawn anew
 
 
-def test_masks_are_learned_with_the_look_that_says_most(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = iter((0.6, 0.9, 0.7))
-    inner = run_module.weigh
-    monkeypatch.setattr(
-        run_module,
-        "weigh",
-        lambda *args: replace(inner(*args), pulled_class=2, perturbed_share=next(said), transferred_share=0.0),
-    )
-    whole = run_module.Run(model, loader(), replace(ALWAYS, looks=3), None, 0, False)
-    made: list[nn.Module] = []
-    inner_look = whole.look
-
-    def noted(*args: Any) -> tuple[nn.Module, Look]:
-        suppressed, look = inner_look(*args)
-        made.append(suppressed)
-        return suppressed, look
-
-    monkeypatch.setattr(whole, "look", noted)
+@pytest.mark.parametrize(
+    ("said", "telling", "suspected"),
+    [
+        ((0.6, 0.9, 0.8), 1, True),
+        ((0.9, 0.9, 0.9), 0, True),
+        ((0.6, 0.9, 0.5), 0, False),  # as with one look, which repairs as a precaution
+        ((0.3,), 0, False),
+        ((0.4, 0.8), 0, False),  # a third could not bring it to .75 any more
+        ((0.6, 0.4), 0, False),
+    ],
+)
+def test_masks_are_learned_with_the_look_that_says_most_of_the_suspect(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, said: tuple[float, ...], telling: int, suspected: bool
+) -> None:
+    saying(monkeypatch, *said)
+    whole = run_module.Run(model, loader(), replace(SHORT, suspicion_score=0.75), None, 0, False)
+    _, made = looked(whole, monkeypatch)
     with whole.stages():
         suppressed, evidence = whole.expose()
-    assert (len(made), evidence.telling) == (3, 1)
-    assert suppressed is made[1]
+    assert [look.perturbed_share for look in evidence.looks] == list(said)
+    assert (evidence.score >= 0.75) == suspected
+    assert suppressed is made[telling]
+
+
+def test_unsuspected_after_three_looks_is_repaired_as_after_one(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SHORT, suspicion_score=0.75)
+    saying(monkeypatch, 0.5, 0.9, 0.2, 0.5)
+    three, one = (run(model, config=replace(config, looks=looks)) for looks in (3, 1))
+    assert len(three.evidence["looks"]) == 3
+    assert three.suspected_target is one.suspected_target is None
+    assert three.run["repair_strength"] == one.run["repair_strength"] == pytest.approx(2 / 3)
+    assert equal(state(three), state(one))
+    assert equal(three.masks, one.masks)
+    assert [entry["stage"] for entry in three.history] == list(NAMES)
+    assert [entry["stage"] for entry in one.history] == [*LOOK, *REPAIR]
 
 
 # ---------------------------------------------------------------- held-back pictures and triggered ones
@@ -913,7 +946,7 @@ def test_where_a_wave_is_suspected_it_is_what_is_repaired_with(
 
         monkeypatch.setattr(run_module, name, noted)
     before = snapshot(model)
-    result = run(model, config=replace(SHORT, looks=3, suspicion_score=0.6, evidence_score=0.9))
+    result = run(model, config=replace(SHORT, suspicion_score=0.6, evidence_score=0.9))
     assert snapshot(model) == before
     assert result.suspected_target == target
     looks = result.evidence["looks"]

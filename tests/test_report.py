@@ -17,7 +17,8 @@ from mnp_fast.report import html
 from mnp_fast.result import PruneResult, ScanResult
 
 LOOK = Look(10, 0.6, 0.2, 9.5, 3, 8, 0.912, 8, 0.5, 0.125, 4, 0.25, True)
-FOUND = Evidence((LOOK, replace(LOOK, pulled_class=3, perturbed_share=0.5, transferred_share=0.25, wave_contrast=0.0)))
+OTHER = replace(LOOK, pulled_class=3, perturbed_share=0.5, transferred_share=0.25, wave_contrast=0.0)
+FOUND = Evidence((LOOK, LOOK, OTHER))
 MASKS = {"layer.1": torch.tensor([0.0, 0.05, 0.3, 1.0]), "layer.2": torch.ones(3)}
 RUN = {
     "mnp_fast": "0.1.0",
@@ -98,15 +99,15 @@ def test_what_was_found() -> None:
     assert "Evidence of a backdoor" in page
     assert "Suspected target: class 8." in page
     assert f"Score <strong>{FOUND.score:.3f}" in page
-    assert [cells.row(f"class {one}")[0] for one in (8, 3, 4)] == ["0.650", "0.250", "0.225"]
-    assert "Look 2 of 2" in page
-    assert "Whatever a further look" not in page
-    assert [row[:2] for row in cells.all("Pictures of other classes")] == [["8", "0.912"], ["3", "0.500"]]
-    assert [row[:2] for row in cells.all("Lead of this class")] == [["8", "0.900"], ["8", "0.300"]]
-    assert [row[:2] for row in cells.all("How much it depends")] == [["4", "0.450"], ["4", "0.000"]]
+    assert [cells.row(f"class {one}")[0] for one in (8, 4, 3)] == ["0.767", "0.300", "0.167"]
+    assert "Look 3 of 3" in page
+    assert "No further look" not in page
+    assert [row[:2] for row in cells.all("Pictures of other classes")] == [["8", "0.912"]] * 2 + [["3", "0.500"]]
+    assert [row[:2] for row in cells.all("Lead of this class")] == [["8", "0.900"]] * 2 + [["8", "0.300"]]
+    assert [row[:2] for row in cells.all("How much it depends")] == [["4", "0.450"]] * 2 + [["4", "0.000"]]
     assert cells.row("suppress")[:3] == ["3.2", "2.5", "0.19"]
     assert cells.row("search") == ["12.0", "-", "-"]
-    assert cells.row("evidence_score") == ["0.85"]
+    assert cells.row("evidence_score") == ["0.8"]
     assert cells.row("seed") == ["7"]
     assert "never a certificate" in page
     assert "Repair" not in page
@@ -150,7 +151,7 @@ def test_nothing_found_and_nothing_done() -> None:
     [
         (replace(LOOK, batch_norms=False), "Without BatchNorm"),
         (replace(LOOK, classes=4), "fewer than five classes"),
-        (replace(LOOK, wave_class=None), "Whatever a further look"),
+        (replace(LOOK, wave_class=None), "No further look"),
     ],
 )
 def test_limits_of_the_verdict(found: Look, said: str) -> None:
