@@ -248,6 +248,8 @@ def _show(result: Any, names: list[str] | None, console: Console) -> None:
     facts = Table("", "", show_header=False, box=None)
     facts.add_row("verdict", result.verdict)
     facts.add_row("suspected target", "none" if target is None else f"{target}{named}")
+    looks = len(result.evidence["looks"])
+    facts.add_row("score", f"{result.evidence['score']:.2f} ({looks} look{'s' if looks > 1 else ''})")
     for name, value in getattr(result, "metrics", {}).items():
         if value is None or isinstance(value, (int, float, str)):
             facts.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mnp_fast.errors import FileError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REPORT = "report.json"
 _VALUES = "values"
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")

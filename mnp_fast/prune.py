@@ -29,9 +29,9 @@ def prune(
 ) -> PruneResult:
     """Look for a backdoor in an image classifier and prune the neurons that carry it.
 
-    Where none is suspected, but the score is above half of what is suspicious, the copy is still pruned a little and
-    fine-tuned, the more the higher the score, as a precaution against what the verdict misses; below it stays as it
-    came. `scan` gives the verdict alone. Stages: docs/method.md.
+    Where none is suspected, but a first look says more than half of what is suspicious, the copy is still pruned a
+    little and fine-tuned, the more the more it says, as a precaution against what the verdict misses; below it stays as
+    it came. `scan` gives the verdict alone. Stages: docs/method.md.
 
     model: any nn.Module whose output is logits (b, classes), or has them as ``.logits``; in any mode, on any device. It
         is never changed, also where the run fails or is interrupted; the result holds a repaired copy.
@@ -81,7 +81,7 @@ def scan(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> ScanResult:
-    """The verdict without the repair: clean suppression and what it shows. Arguments and errors as for `prune`."""
+    """The verdict without the repair: up to three looks (docs/method.md). Arguments and errors as for `prune`."""
     run = Run(model, loader, config, device, seed, progress, checkpoint)
     with run.stages():
         evidence = run.expose()[1]

@@ -83,6 +83,7 @@ class FakeResult:
     masks: dict[str, Tensor] = dataclasses.field(default_factory=lambda: {"1": torch.ones(8)})
     metrics: dict[str, Any] = dataclasses.field(default_factory=lambda: {"clean_accuracy_before": 0.912, "asr": None})
     run: dict[str, Any] = dataclasses.field(default_factory=lambda: {"repair_strength": 0.429})
+    evidence: dict[str, Any] = dataclasses.field(default_factory=lambda: {"score": 0.1234, "looks": [{}]})
     history: list[dict[str, Any]] = dataclasses.field(
         default_factory=lambda: [{"stage": "suppress", "loss": 2.5, "accuracy": 0.19, "seconds": 3.25, "peak_mb": 1.0}]
     )
@@ -179,9 +180,21 @@ def test_errors_are_one_line_on_standard_error(here: Path, core: Core, capsys: p
 
 def test_the_table_tells_the_result(here: Path, core: Core, capsys: pytest.CaptureFixture[str]) -> None:
     core.result = FakeResult(EVIDENT, 1, {"layer.1": [2, 5], "layer.4": []}, {"layer.1": torch.ones(8)})
+    core.result.evidence = {"score": 0.8765, "looks": [{}, {}, {}]}
     cli.main(words())
     out = capsys.readouterr().out
-    for text in (EVIDENT, "1 (green)", "0.912", "0.43", "2 of 8", "layer.1", "suppress", "3.25", "written to out"):
+    for text in (
+        EVIDENT,
+        "0.88 (3 looks)",
+        "1 (green)",
+        "0.912",
+        "0.43",
+        "2 of 8",
+        "layer.1",
+        "suppress",
+        "3.25",
+        "written to out",
+    ):
         assert text in out
     assert "layer.4" not in out
 
