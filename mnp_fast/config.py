@@ -73,9 +73,9 @@ class PruneConfig:
     suspected, a smaller share of the pictures being perturbed there, at a smaller rate (docs/method.md, "Stages").
     Measured."""
 
-    evidence_score: float = 0.8
+    evidence_score: float = 0.75
     """Score (docs/method.md, "Verdict") from which there is "evidence of a backdoor". Measured."""
-    suspicion_score: float = 0.75
+    suspicion_score: float = 0.65
     """The same for "suspicious". Measured."""
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ BEYOND_LOOKS = frozenset(
         "suspicion_score",
     )
 )
-"""Settings that no look reads; the bound of suspicion decides whether there is another one."""
+"""Settings that no look reads; the bounds of the verdict decide whether there is another one."""
 
 _PRECISIONS = ("auto", "float32", "bfloat16")
 _TINY = 1e-30

@@ -149,10 +149,10 @@ class Evidence:
 
 def undecided(looks: Sequence[Look], config: PruneConfig) -> bool:
     """Whether there is to be another look: one is left (``config.looks``), the first says at least half of what is
-    suspicious of one class, and those that are left can still make a class suspicious."""
+    evidence of one class, and those that are left can still make a class suspicious."""
     left = config.looks - len(looks)
     most = Evidence(tuple(looks)).score * len(looks)
-    found = Evidence((looks[0],)).score >= config.suspicion_score / 2
+    found = Evidence((looks[0],)).score >= config.evidence_score / 2
     return left > 0 and found and (most + left) / config.looks >= config.suspicion_score
 
 
@@ -217,13 +217,13 @@ def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
 def repair_strength(evidence: Evidence, config: PruneConfig) -> float:
     """How strong the repair is, in [0, 1]: 1 where a class is suspected.
 
-    Where none is, it grows with what the first look says, from 0 at half of `suspicion_score` to 1 at three quarters of
+    Where none is, it grows with what the first look says, from 0 at half of `evidence_score` to 1 at three quarters of
     it: what is far from suspicion is to stay as it is, but an attacked network was missed that the first look gave .52
     and the others less.
     """
     if evidence.score >= config.suspicion_score:
         return 1.0
-    return min(1.0, max(0.0, 4 * Evidence(evidence.looks[:1]).score / config.suspicion_score - 2))
+    return min(1.0, max(0.0, 4 * Evidence(evidence.looks[:1]).score / config.evidence_score - 2))
 
 
 def repair_classes(evidence: Evidence, config: PruneConfig) -> list[int]:

@@ -29,7 +29,7 @@ def prune(
 ) -> PruneResult:
     """Look for a backdoor in an image classifier and prune the neurons that carry it.
 
-    Where none is suspected, but a first look says more than half of what is suspicious, the copy is still pruned a
+    Where none is suspected, but a first look says more than half of what is evidence, the copy is still pruned a
     little and fine-tuned, the more the more it says, as a precaution against what the verdict misses; below it stays as
     it came. `scan` gives the verdict alone. Stages: docs/method.md.
 

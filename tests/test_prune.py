@@ -371,7 +371,7 @@ def test_masks_are_learned_with_the_look_that_says_most_of_the_suspect(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, said: tuple[float, ...], telling: int, suspected: bool
 ) -> None:
     saying(monkeypatch, *said)
-    whole = run_module.Run(model, loader(), replace(SHORT, suspicion_score=0.75), None, 0, False)
+    whole = run_module.Run(model, loader(), replace(SHORT, suspicion_score=0.75, evidence_score=0.75), None, 0, False)
     _, made = looked(whole, monkeypatch)
     with whole.stages():
         suppressed, evidence = whole.expose()
@@ -383,7 +383,7 @@ def test_masks_are_learned_with_the_look_that_says_most_of_the_suspect(
 def test_unsuspected_after_three_looks_is_repaired_as_after_one(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(SHORT, suspicion_score=0.75)
+    config = replace(SHORT, suspicion_score=0.75, evidence_score=0.75)
     saying(monkeypatch, 0.5, 0.9, 0.2, 0.5)
     three, one = (run(model, config=replace(config, looks=looks)) for looks in (3, 1))
     assert len(three.evidence["looks"]) == 3

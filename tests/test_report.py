@@ -107,7 +107,7 @@ def test_what_was_found() -> None:
     assert [row[:2] for row in cells.all("How much it depends")] == [["4", "0.450"]] * 2 + [["4", "0.000"]]
     assert cells.row("suppress")[:3] == ["3.2", "2.5", "0.19"]
     assert cells.row("search") == ["12.0", "-", "-"]
-    assert cells.row("evidence_score") == ["0.8"]
+    assert cells.row("evidence_score") == ["0.75"]
     assert cells.row("seed") == ["7"]
     assert "never a certificate" in page
     assert "Repair" not in page
