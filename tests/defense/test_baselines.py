@@ -82,7 +82,7 @@ def test_a_method_repairs_a_copy(name: str) -> None:
         assert silent == repair.pruned
     if name == "mnp":
         assert repair.verdict
-        assert repair.evidence["collapse_share"] > 0
+        assert repair.evidence["looks"][0]["collapse_share"] > 0
         assert repair.stages.keys() >= {"suppress", "masks", "select"}
     else:
         assert repair.verdict is None
