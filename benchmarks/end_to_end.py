@@ -183,29 +183,36 @@ def counts_of(
     config: PruneConfig,
 ) -> Counts:
     """Steps of a run, from its history; those of its looks added up."""
-    passes = math.ceil(len(learning) / config.batch_size)
-    # A window is 512 pictures, and never reaches across two passes.
-    window = max(1, 512 // config.batch_size)
-    windows = [min(window, passes - first) for first in range(0, passes, window)]
     suppressed, searched, weighed = (entries(history, name) for name in ("suppress", "search", "weigh"))
     (masks,), (selected,) = entries(history, "masks"), entries(history, "select")
     passes_of_repair = config.finetune_epochs if entries(history, "fine-tune") else 0
-    tried = sum(entry["tried"] for entry in searched)
-    waved = sum(entry["waved"] for entry in searched) / len(learning)
-    perturbations = sum(entry["perturbations"] for entry in weighed)
+    tried, perturbations = [entry["tried"] for entry in searched], [entry["perturbations"] for entry in weighed]
+    # Evaluations as if of all pictures, of which a look has its share: for new statistics, as they are, and with each
+    # perturbation; in the search of the learning ones, with the suppressed model and the model itself, and with waves.
+    shares = [entry["pictures"] / len(learning) for entry in suppressed]
+    exposed = sum(
+        share * (3 + shown + 2 * candidates * (1 - config.held_back))
+        for share, shown, candidates in zip(shares, perturbations, tried, strict=True)
+    )
+    exposed += sum(entry["waved"] for entry in searched) / len(learning) * (1 - config.held_back)
     return Counts(
-        suppress=sum(windows[number % len(windows)] for entry in suppressed for number in range(entry["windows"])),
-        # For new statistics, as they are, and with each perturbation, as if of all pictures; in the search of the
-        # learning ones, with the suppressed model and the model itself, and of those with waves.
-        exposed=3 * len(suppressed) + perturbations + round((2 * tried + waved) * (1 - config.held_back)),
+        suppress=sum(_steps(entry["windows"], entry["pictures"], config.batch_size) for entry in suppressed),
+        exposed=round(exposed),
         # Half of them before the model itself is asked, and then all.
-        search=tried * (max(1, config.perturbation_steps // 2) + config.perturbation_steps),
-        weigh=perturbations * config.perturbation_steps,
+        search=sum(tried) * (max(1, config.perturbation_steps // 2) + config.perturbation_steps),
+        weigh=sum(perturbations) * config.perturbation_steps,
         perturb=config.perturbations * config.perturbation_steps,
         masks=masks["steps"],
         plain=1 + probes(selected["pruned"] + 1, selected["low"]),
         finetune=passes_of_repair * math.ceil(len(learning) / max(2, config.batch_size // 2)),
     )
+
+
+def _steps(count: int, pictures: int, batch_size: int) -> int:
+    """Of so many windows of suppression: one is 512 pictures, and never reaches across two passes."""
+    passes, window = math.ceil(pictures / batch_size), max(1, 512 // batch_size)
+    windows = [min(window, passes - first) for first in range(0, passes, window)]
+    return sum(windows[number % len(windows)] for number in range(count))
 
 
 def entries(history: Sequence[Mapping[str, Any]], stage: str) -> list[Mapping[str, Any]]:

@@ -75,6 +75,11 @@ class Look:
             sums[one] = sums.get(one, 0.0) + share
         return sums
 
+    @property
+    def score(self) -> float:
+        """The most that it says of one class, in [0, 1]."""
+        return min(1.0, max(self.sums.values()))
+
     def report(self) -> dict[str, Any]:
         """Its fields and signs as JSON values."""
         return asdict(self) | {
@@ -97,11 +102,9 @@ class Evidence:
     def said(self) -> dict[int | None, float]:
         """By class, what is said of it in [0, 1]: the sum of the signs that name it, at most 1 a look, mean over the
         looks; most first, of equals the one with the greater sums, and then the one that was named first."""
-        looks = [look.sums for look in self.looks]
-        named = dict.fromkeys(one for sums in looks for one in sums)
-        order = sorted(named, key=lambda one: -sum(sums.get(one, 0.0) for sums in looks))
-        said = {one: sum(min(1.0, sums.get(one, 0.0)) for sums in looks) / len(looks) for one in order}
-        return dict(sorted(said.items(), key=lambda item: -item[1]))
+        sums = {one: [look.sums.get(one, 0.0) for look in self.looks] for look in self.looks for one in look.sums}
+        said = {one: sum(min(1.0, share) for share in shares) / len(shares) for one, shares in sums.items()}
+        return {one: said[one] for one in sorted(said, key=lambda one: (-said[one], -sum(sums[one])))}
 
     @property
     def suspect(self) -> int | None:
@@ -152,8 +155,11 @@ def undecided(looks: Sequence[Look], config: PruneConfig) -> bool:
     evidence of one class, and those that are left can still make a class suspicious."""
     left = config.looks - len(looks)
     most = Evidence(tuple(looks)).score * len(looks)
-    found = Evidence((looks[0],)).score >= config.evidence_score / 2
-    return left > 0 and found and (most + left) / config.looks >= config.suspicion_score
+    return (
+        left > 0
+        and looks[0].score >= config.evidence_score / 2
+        and (most + left) / config.looks >= config.suspicion_score
+    )
 
 
 def commonest(logits: Tensor, count: int) -> list[int]:
@@ -223,7 +229,7 @@ def repair_strength(evidence: Evidence, config: PruneConfig) -> float:
     """
     if evidence.score >= config.suspicion_score:
         return 1.0
-    return min(1.0, max(0.0, 4 * Evidence(evidence.looks[:1]).score / config.evidence_score - 2))
+    return min(1.0, max(0.0, 4 * evidence.looks[0].score / config.evidence_score - 2))
 
 
 def repair_classes(evidence: Evidence, config: PruneConfig) -> list[int]:

@@ -145,7 +145,7 @@ class Run:
 
         def suppress(entry: dict[str, Any]) -> StageState:
             trace = suppress_(suppressed, learning, self.config, self.generator, self.bar, self.how)
-            entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1]}
+            entry |= _ends(trace) | {"windows": len(trace.loss), "rate": trace.rate[-1], "pictures": len(learning)}
             recalibrate_(suppressed, learning, self.config)
             return StageState(model_tensors(suppressed))
 

@@ -299,6 +299,25 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     assert counts.exposed == 3 * looks + perturbations + round((2 * tried + waved) * share)
 
 
+def test_a_look_at_half_of_the_pictures_counts_half() -> None:
+    learning = DefenceSet(torch.zeros(80, 1), torch.zeros(80, dtype=torch.int64))
+    config = PruneConfig(batch_size=16, held_back=0.2, perturbation_steps=4)
+    history: list[dict[str, Any]] = [
+        {"stage": "suppress", "windows": 3, "pictures": 80},
+        {"stage": "search", "tried": 10, "waved": 160},
+        {"stage": "weigh", "perturbations": 6},
+        {"stage": "suppress-2", "windows": 2, "pictures": 40},
+        {"stage": "search-2", "tried": 10, "waved": 80},
+        {"stage": "weigh-2", "perturbations": 6},
+        {"stage": "masks", "steps": 9},
+        {"stage": "select", "pruned": 0, "low": 0},
+    ]
+    counts = end_to_end.counts_of(history, learning, config)
+    assert counts.suppress == 3 * 5 + 2 * 3
+    assert counts.exposed == round(1.5 * (3 + 6 + 2 * 10 * 0.8) + 240 / 80 * 0.8)
+    assert (counts.search, counts.weigh, counts.masks, counts.finetune) == (20 * 6, 12 * 4, 9, 0)
+
+
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 0), (3, 17), (18, 17), (0, 100), (64, 100)])
 def test_probes_of_a_bisection(first: int, last: int) -> None:
     from mnp_fast.select import _first
