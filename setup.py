@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
-# Isolated from PYTHONPATH, by which pip hides the packages of the environment that is installed into.
+# Without PYTHONPATH and PYTHONNOUSERSITE, by which pip hides the packages of the environment that is installed into.
 FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
 
 
@@ -32,7 +33,7 @@ def load_settings() -> ModuleType:
 
 def find_torch() -> Path:
     """Folder of the torch of the environment that is installed into, or of this process where that is another."""
-    for flags in (["-I"], []):
+    for flags in (["-EP"], []):
         found = subprocess.run([sys.executable, *flags, "-c", FIND_TORCH], capture_output=True, text=True, check=False)
         folder = found.stdout.strip()
         if found.returncode == 0 and folder:
@@ -50,6 +51,14 @@ def find_torch() -> Path:
     return Path(folder)
 
 
+def find_tool(name: str) -> str:
+    """Path of a program of the build, beside the interpreter or on PATH."""
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if found is None:
+        raise SetupError(f"the build needs {name}: pip install cmake ninja")
+    return found
+
+
 class CMakeBuild(build_ext):
     """Runs CMake, which puts all libraries into the package: of the source folder if editable, else of the wheel."""
 
@@ -64,9 +73,9 @@ class CMakeBuild(build_ext):
         # A library that this build leaves out must not stay behind from an earlier one.
         for stale in output.glob("libmnp_fast_*.so"):
             stale.unlink()
-        ninja = shutil.which("ninja")
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
         # Fresh, because the tools of an isolated build are gone, and their paths stale, at the next one.
-        configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(work)]
+        configure = [cmake, "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(work)]
         configure += [
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -76,11 +85,9 @@ class CMakeBuild(build_ext):
             f"-DMNP_FAST_CUDA={settings.read('MNP_FAST_CUDA')}",
             f"-DMNP_FAST_CUDA_ARCHS={settings.read('MNP_FAST_CUDA_ARCHS')}",
         ]
-        for command in (configure, ["cmake", "--build", str(work)]):
+        for command in (configure, [cmake, "--build", str(work)]):
             try:
                 subprocess.run(command, check=True)
-            except FileNotFoundError:
-                raise SetupError("the build needs cmake and ninja on PATH: pip install cmake ninja") from None
             except subprocess.CalledProcessError as error:
                 raise SetupError(f"the native build failed ({error}); its own message is above") from None
 

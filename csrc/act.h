@@ -14,7 +14,7 @@ namespace mnp_fast {
 enum class Act : int64_t { gelu = 0, gelu_tanh = 1, relu = 2, silu = 3, quick_gelu = 4 };
 inline constexpr int64_t kActCount = 5;
 
-// Where a*Q(a) ends: small enough for it to be zero in float32 beside any other number, and for exp to stay normal.
+// Where a*Q(a) ends: it is nearly zero there (at most 3e-7 as it is computed), and exp stays normal.
 inline constexpr float kGeluLimit = 6.0f, kGeluTanhLimit = 9.0f, kSiluLimit = 80.0f, kQuickGeluLimit = 48.0f;
 
 }  // namespace mnp_fast

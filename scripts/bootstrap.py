@@ -2,9 +2,9 @@
 
     python3 scripts/bootstrap.py [--venv .venv] [--torch REQUIREMENT] [--no-build]
 
-Needs Python 3.11 or newer with venv, a C++ compiler and a package index; nothing else. What is up to date is left
-alone: a second call does nothing. On Linux without an NVIDIA GPU torch's CPU build is installed, and its CUDA packages,
-several gigabytes, are never fetched.
+Needs Linux, Python 3.11 or newer with venv and headers, a C++ compiler and a package index; nothing else. What is up to
+date is left alone: a second call does nothing. Without an NVIDIA GPU torch's CPU build is installed, and its CUDA
+packages, several gigabytes, are never fetched.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = (3, 11)
-TORCH = "torch==2.13.0"
+TORCH, TORCHVISION = "torch==2.13.0", "torchvision==0.28.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 APART = ("torch", "torchvision")
 BUILT_FROM = ("setup.py", "CMakeLists.txt", "pyproject.toml", "csrc", "mnp_fast/settings.py")
@@ -41,8 +42,14 @@ def main() -> None:
             f"this is Python {platform.python_version()}; {OLDEST[0]}.{OLDEST[1]} or newer is needed",
             "install one and name it: make PYTHON=python3.12 ...",
         )
+    if sys.platform != "linux":
+        fail(
+            f"this is {platform.system()}; the kernels are built and tested on Linux alone", "use Linux, or a container"
+        )
+    if not args.no_build:
+        check_compiler()
     venv = args.venv.resolve()
-    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    python = venv / "bin/python"
     make_venv(venv, python)
     packages = requirements()
     stamp = venv / "mnp_fast-packages.stamp"
@@ -56,6 +63,8 @@ def main() -> None:
     stamp = ROOT / "build" / "bootstrap.stamp"
     wanted = digest(sources(), [wanted, str(python), *toolchain()])
     if stamped(stamp) != wanted:
+        # Gone while it is built: what failed half-way is not up to date, even once its sources are put back.
+        stamp.unlink(missing_ok=True)
         build(python)
         stamp.parent.mkdir(exist_ok=True)
         stamp.write_text(wanted)
@@ -87,15 +96,20 @@ def make_venv(venv: Path, python: Path) -> None:
 def install_packages(python: Path, packages: list[str], torch: str) -> None:
     """Install torch as this machine needs it, then everything else."""
     say("installing packages")
+    done = False
     if torch or not without_gpu():
         must(
             pip(python, torch or TORCH), "torch cannot be installed", "see pip's message above; is an index reachable?"
         )
     else:
-        install_cpu_torch(python)
+        places = install_cpu_torch(python)
+        # Of the same build where there is one: torchvision's plain wheel does not import beside a torch without CUDA.
+        done = pip(python, f"{TORCHVISION}+cpu", "--no-deps", *places, quiet=True)
     # torch is there already; with its own requirements torchvision might still bring another one.
     must(
-        pip(python, torchvision_for(python), "--no-deps"), "torchvision cannot be installed", "see pip's message above"
+        done or pip(python, torchvision_for(python), "--no-deps"),
+        "torchvision cannot be installed",
+        "see pip's message above",
     )
     must(pip(python, *packages), "the packages cannot be installed", "see pip's message above; is an index reachable?")
 
@@ -107,37 +121,51 @@ def torchvision_for(python: Path) -> str:
     return f"torchvision==0.{int(version.split('.')[1]) + 15}.*"
 
 
-def install_cpu_torch(python: Path) -> None:
-    """torch's CPU build, from the places that pip is set up for or else from its own index."""
+def install_cpu_torch(python: Path) -> list[str]:
+    """torch's CPU build, from the places that pip is set up for or else from its own index; pip's options for those."""
     wanted = f"{TORCH}+cpu"
-    if pip(python, wanted, quiet=True):
-        return
     # One short try: where the index cannot be reached, pip's own patience would be minutes.
-    if pip(python, wanted, "--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "15"):
-        return
-    fail(
-        f"{wanted} is neither in pip's own places nor at {CPU_INDEX}",
-        "reach that index, or put the wheel into a folder and set PIP_FIND_LINKS to it; or, where several gigabytes of "
-        f"CUDA packages do not matter, say: make TORCH={TORCH} ...",
-    )
+    elsewhere = ["--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "15"]
+    found = next((places for places in ([], elsewhere) if pip(python, wanted, *places, quiet=not places)), None)
+    if found is None:
+        fail(
+            f"{wanted} is neither in pip's own places nor at {CPU_INDEX}",
+            "reach that index, or put the wheel into a folder and set PIP_FIND_LINKS to it; or, where several "
+            f"gigabytes of CUDA packages do not matter, say: make TORCH={TORCH} ...",
+        )
+    return found
+
+
+def check_compiler() -> None:
+    """Stop, before anything is fetched, where the package could not be built."""
+    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in compilers):
+        fail(
+            f"no C++ compiler was found ({', '.join(compilers)})",
+            "install one (Debian and Ubuntu: apt install g++), or set CXX",
+        )
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        fail(
+            "this Python comes without its headers, which the build needs",
+            f"install them (Debian and Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev), "
+            "or name another Python: make PYTHON=...",
+        )
 
 
 def build(python: Path) -> None:
     """Build the package and install it, editable, into the environment."""
-    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
-    if not any(shutil.which(name) for name in compilers):
-        fail(
-            f"no C++ compiler was found ({', '.join(compilers)})",
-            "install one (Debian and Ubuntu: apt install g++; macOS: xcode-select --install), or set CXX",
-        )
     say("building mnp_fast")
     done = pip(python, "--no-build-isolation", "--no-deps", "-e", str(ROOT))
-    must(done, "mnp_fast cannot be built", "see the compiler's message above")
+    must(
+        done,
+        "mnp_fast cannot be built",
+        "see the compiler's message above; where it is nvcc's, set MNP_FAST_CUDA=off to build without CUDA kernels",
+    )
 
 
 def without_gpu() -> bool:
-    """True on Linux without an NVIDIA GPU: the one place where pip's plain torch brings CUDA packages for nothing."""
-    return sys.platform == "linux" and not shutil.which("nvidia-smi") and not glob.glob("/dev/nvidia[0-9]*")
+    """Whether there is no NVIDIA GPU, so that pip's plain torch would bring CUDA packages for nothing."""
+    return not shutil.which("nvidia-smi") and not glob.glob("/dev/nvidia[0-9]*")
 
 
 def requirements() -> list[str]:

@@ -5,7 +5,7 @@ if [ -z "${CUDACXX:-}" ] && ! command -v nvcc >/dev/null; then
   nvcc_version=13.0
   if [ ! -x "$nvcc_folder/nvidia/cu13/bin/nvcc" ]; then
     # The compiler wheel asks for the newest of the others, which must be of its own version.
-    python -m pip install --quiet --no-deps --target "$nvcc_folder" \
+    "${PYTHON:-python3}" -m pip install --quiet --no-deps --target "$nvcc_folder" \
       "nvidia-cuda-nvcc==$nvcc_version.*" "nvidia-cuda-crt==$nvcc_version.*" "nvidia-nvvm==$nvcc_version.*" \
       "nvidia-cuda-runtime==$nvcc_version.*" "nvidia-cuda-cccl==$nvcc_version.*" || return 1
   fi

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -120,6 +122,55 @@ def test_setup_says_what_to_do_without_a_torch(version, tmp_path):
     done = run_setup(code=code)
     assert done.returncode != 0
     assert ("needs torch 2.10 or newer" if version else "pip install torch") in done.stderr
+
+
+def test_setup_finds_its_tools_beside_the_interpreter(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = run_setup(code="print(find_tool('ninja'))")
+    assert Path(done.stdout.strip()).parent == Path(sys.executable).parent, done.stderr
+    assert "the build needs nonesuch: pip install" in run_setup(code="find_tool('nonesuch')").stderr
+
+
+def bootstrap() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "scripts" / "bootstrap.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_bootstrap_says_what_is_missing_before_anything_is_fetched(monkeypatch, tmp_path):
+    script = bootstrap()
+    script.check_compiler()
+    monkeypatch.setattr(script.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(SystemExit, match="without its headers"):
+        script.check_compiler()
+    monkeypatch.setenv("CXX", "nonesuch")
+    with pytest.raises(SystemExit, match=r"no C\+\+ compiler was found \(nonesuch\)"):
+        script.check_compiler()
+
+
+def test_a_build_that_failed_is_tried_again(monkeypatch, tmp_path):
+    script = bootstrap()
+    builds = []
+
+    def build(python):
+        builds.append(python)
+        if len(builds) == 2:
+            raise SystemExit(1)
+
+    for name in ("make_venv", "install_packages", "check_compiler"):
+        monkeypatch.setattr(script, name, lambda *_: None)
+    monkeypatch.setattr(script, "build", build)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "requirements", list)
+    monkeypatch.setattr(script, "digest", lambda files, words: "as it was" if len(builds) != 1 else "broken")
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "--venv", str(tmp_path)])
+    script.main()
+    with pytest.raises(SystemExit):
+        script.main()
+    script.main()
+    script.main()
+    assert len(builds) == 3
 
 
 def test_setup_reads_the_settings_of_the_package():

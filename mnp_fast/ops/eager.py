@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+
+from mnp_fast.errors import BackendError
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -38,6 +41,9 @@ def short_way(
     )
 
     def call(*args: Any) -> Any:
+        # Neither the dispatcher nor a plain call would say a word, and the tangent would be lost.
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            raise BackendError("mnp_fast's ops have no forward-mode derivative (jvp): use backward() or torch.func.vjp")
         if (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
@@ -56,3 +62,7 @@ def short_way(
         return forward(*args)
 
     return call
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None

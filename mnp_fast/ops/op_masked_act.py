@@ -28,7 +28,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu")
 def masked_act(x: Tensor, mask: Tensor, *, act: str, channel_dim: int = -1) -> Tensor:
     """y = mask·act(x), per channel, in one pass, computed in float32: the hidden units of an MLP block under a mask.
 
-    Infinities give the limits: inf, and 0 for -inf, where torch's own activations may give NaN. NaN stays NaN.
+    Infinities give the limits: inf, and for -inf 0 within 3e-7, where torch's own activations may give NaN. NaN stays
+    NaN.
 
     Args:
         x: float32, bfloat16 or float16, (N, ..., C) with `channel_dim` -1, (N, C, ...) with 1. Contiguous,

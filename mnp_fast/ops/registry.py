@@ -101,7 +101,8 @@ def _configured(name: str) -> str:
 @cache
 def _kernel(op: str, choice: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
     if choice == "auto":
-        choice = available(op, device, dtype)[0]
+        # One after the other: a backend that is not needed may be broken, or slow to import.
+        choice = next(backend for backend in BACKENDS if why_not(backend, op, device, dtype) is None)
         for problem in native.outdated():
             # Python shows equal warnings of one line once.
             warnings.warn(f"mnp_fast: {problem}; until then other kernels run", RuntimeWarning, stacklevel=1)

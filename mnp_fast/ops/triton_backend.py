@@ -39,9 +39,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def triton_problem() -> str | None:
     """Why Triton cannot be imported, None if it can."""
     try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported ({error}): pip install triton"
+        from triton import knobs  # noqa: F401
+    except Exception as error:  # whatever an old or broken one raises
+        return f"triton cannot be imported ({error}): pip install 'triton>=3.6'"
     return None
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from mnp_fast import settings
 from mnp_fast.errors import BackendError, ConfigError
@@ -149,6 +150,33 @@ def test_environment_forces_backend_and_instruction_set():
     wrong = run_python(code, MNP_FAST_BACKEND="fast")
     assert "ConfigError" in wrong.stderr
     assert "auto, reference, cpu, triton, cuda" in wrong.stderr
+
+
+@pytest.mark.parametrize("content", ["", "raise RuntimeError('broken')"])
+def test_a_triton_that_is_broken_or_old_disables_nothing(tmp_path, content):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(content)
+    code = (
+        "import sys, torch; from mnp_fast.ops import masked_affine, why_not\n"
+        "masked_affine(torch.ones(2, 3), *[torch.ones(3)] * 4)\n"
+        "assert 'triton' not in sys.modules\n"
+        "print(why_not('triton', 'masked_affine', torch.device('cpu'), torch.float32))"
+    )
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    done = run_python(code, PYTHONPATH=os.pathsep.join(filter(None, paths)))
+    assert "triton cannot be imported" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_forward_mode_is_refused(tracked):
+    x, ones = torch.rand(2, 3, requires_grad=tracked), torch.ones(2, 3)
+    vectors = [torch.ones(3)] * 4
+    with pytest.raises(BackendError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda t: masked_affine(t, *vectors), (x.detach(),), (ones,))
+    with forward_ad.dual_level():
+        assert torch.equal(masked_affine(x, *vectors), x)
+        with pytest.raises(BackendError, match="no forward-mode derivative"):
+            masked_affine(forward_ad.make_dual(x, ones), *vectors)
 
 
 def test_import_looks_for_nothing():
