@@ -26,6 +26,7 @@ from mnp_fast.errors import ConfigError
 _RANDOM = "random."
 _STAGE = "stage."
 _BEYOND = "settings of the repair"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _LOOK = re.compile(r"(suppress|search|weigh)(-\d+)?")
 """The stages of a look, in which nothing of `BEYOND_LOOKS` is read."""
 
@@ -108,7 +109,9 @@ def fingerprint(
     others = {name: settings.pop(name) for name in sorted(BEYOND_LOOKS)}
     return {
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
-        "weights": _hash(model_tensors(model)),
+        # Strides and activations too, but no addresses, which differ from process to process.
+        "layers": hashlib.sha256(_ADDRESS.sub("", repr(model)).encode()).hexdigest(),
+        "weights": _hash(io.model_tensors(model)),
         "pictures": _hash({"images": data.images, "labels": data.labels}),
         "config": io.to_json(settings, indent=None),
         _BEYOND: io.to_json(others, indent=None),
@@ -120,15 +123,10 @@ def fingerprint(
     }
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the state dict, not copied."""
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-
-
 @torch.no_grad()
 def restore_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a model tensors that `model_tensors` took from one like it; in place."""
-    for name, own in model_tensors(model).items():
+    """Give a model tensors that `io.model_tensors` took from one like it; in place."""
+    for name, own in io.model_tensors(model).items():
         own.copy_(tensors[name])
 
 

@@ -19,7 +19,7 @@ class PruneConfig:
     batch_size: int = 128
     """Pictures a step in every optimised stage. ANP and RNP use 128."""
     held_back: float = 0.2
-    """Share of the defence set, in (0, 1), that nothing is learned from; it limits pruning and gives the metrics."""
+    """Share of the defence set, .01 to .9, that nothing is learned from; it limits pruning and gives the metrics."""
 
     precision: str = "auto"
     """Of convolutions, linear layers and attention: "float32", "bfloat16", or "auto", bfloat16 where the processor has
@@ -30,7 +30,8 @@ class PruneConfig:
     where it finds something and they can still matter, each from its own part of them. With 1 the bounds below that
     were measured are .75 and .9. Measured."""
     suppression_stop: float = 0.25
-    """Clean suppression ends when accuracy has fallen to this share of what it was at first, in (0, 1). Measured."""
+    """Clean suppression ends when accuracy has fallen to this share of what it was at first, from .01 to .99.
+    Measured."""
     suppression_rate: float = 4e-3
     """Length of the first suppression steps, L2 in weight space, at momentum 0. It adapts from there. Measured."""
     weight_decay: float = 5e-4

@@ -18,7 +18,7 @@ from mnp_fast.errors import ConfigError, DataError, MnpFastError, ModelError
 
 # Below this the held-back part has a handful of pictures, and an accuracy measured on it says nothing.
 MIN_PICTURES = 20
-_PAIRS_OF_KEYS = (("pixel_values", "labels"), ("images", "labels"), ("image", "label"), ("pixel_values", "label"))
+_KEYS = (("pixel_values", "images", "image"), ("labels", "label"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,23 +95,19 @@ class DefenceSet:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images, labels) of `batch_size` pictures, on `device`; shuffled where a (CPU) generator is given.
 
-        Shuffled batches always have two pictures or more, since batch statistics need them: a last picture left alone
-        joins the batch before it. Unshuffled batches keep the order, and the last may be smaller.
+        No last picture is left alone, since batch statistics need two: it joins the batch before it. Otherwise the last
+        may be smaller. Shuffled batches are never of less than two pictures, unshuffled ones of one where asked for.
         """
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
         n = len(self)
-        if generator is None:
-            for start in range(0, n, batch_size):
-                part = slice(start, start + batch_size)
-                yield self.images[part].to(device), self.labels[part].to(device)
-            return
-        order = torch.randperm(n, generator=generator)
-        starts = list(range(0, n, max(2, batch_size)))
-        if len(starts) > 1 and n - starts[-1] == 1:
+        order = None if generator is None else torch.randperm(n, generator=generator)
+        step = batch_size if order is None else max(2, batch_size)
+        starts = list(range(0, n, step))
+        if step > 1 and len(starts) > 1 and n - starts[-1] == 1:
             starts.pop()
         for start, stop in zip(starts, [*starts[1:], n], strict=True):
-            index = order[start:stop]
+            index = slice(start, stop) if order is None else order[start:stop]
             yield self.images[index].to(device), self.labels[index].to(device)
 
 
@@ -179,7 +175,8 @@ def check_model(model: nn.Module, data: DefenceSet) -> int:
         raise ModelError(f"the model is a {type(model).__name__}, not a torch.nn.Module; give the network itself")
     _check_weights(model)
     images = data.images[:8]
-    own = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
+    own: Tensor | None = floating_parameter(model)
+    own = torch.empty(0) if own is None else own
     try:
         trial = copy.deepcopy(model).eval()
     except Exception as error:
@@ -206,6 +203,11 @@ def check_model(model: nn.Module, data: DefenceSet) -> int:
             "number the labels as in training, or give the right model"
         )
     return classes
+
+
+def floating_parameter(model: nn.Module) -> nn.Parameter | None:
+    """The first floating parameter, whose device and dtype stand for the model's; None where there is none."""
+    return next((tensor for tensor in model.parameters() if tensor.is_floating_point()), None)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -267,9 +269,9 @@ def _iterate(loader: Any, what: str) -> Iterator[Any]:
 
 def _pair(batch: Any, where: str) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
-        for first, second in _PAIRS_OF_KEYS:
-            if first in batch and second in batch:
-                return batch[first], batch[second]
+        first, second = (next((name for name in names if name in batch), None) for names in _KEYS)
+        if first is not None and second is not None:
+            return batch[first], batch[second]
         keys = ", ".join(map(str, list(batch)[:6]))
         raise DataError(f"{where} is a mapping with the keys {keys or '(none)'}; it needs 'pixel_values' and 'labels'")
     if isinstance(batch, (tuple, list)) and len(batch) == 2:

@@ -15,6 +15,8 @@ def compute_device(given: torch.device | str) -> torch.device:
     """The device of that name, after a trial. ConfigError where nothing can be computed there."""
     try:
         device = torch.device(given)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=device).item()
     except Exception as error:  # an unknown word, a backend not built in and a failing driver all raise differently
         first = (str(error).splitlines() or [type(error).__name__])[0]

@@ -156,6 +156,11 @@ def save_files(
             shutil.rmtree(work, ignore_errors=True)
 
 
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the state dict, not copied; extra state of modules that is none is left out."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
 def save_state(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     """Write tensors by name and JSON values into one .safetensors file, whole or not at all; its folder is made.
 

@@ -61,7 +61,7 @@ def suppress_(
     trace, rate, first = Trace(), config.suppression_rate, 0.0
     # With few classes a model that answers one class only is still right this often.
     commonest = 1.1 * float(data.labels.bincount().max()) / len(data)
-    windows = config.suppression_epochs * math.ceil(len(data) / _WINDOW)
+    windows = config.suppression_epochs * _windows_a_pass(math.ceil(len(data) / config.batch_size), config.batch_size)
     progress.stage("suppress", None)
     passes = _windows(data, config.batch_size, generator)
     with masked(model, (), None, batch_statistics=True, how=how):
@@ -81,7 +81,8 @@ def suppress_(
             trace.accuracy.append(accuracy)
             trace.rate.append(rate)
             progress.update(1, loss=loss, accuracy=accuracy)
-            if accuracy <= max(config.suppression_stop * first, commonest):
+            # A loader of nearly one class alone: what is as good as it was at first is not suppressed.
+            if accuracy <= max(config.suppression_stop * first, min(commonest, _HALF_SUPPRESSED * first)):
                 return trace
             if fall < 0.02 * first and number:
                 rate = min(rate * 1.15, 8 * config.suppression_rate)
@@ -92,7 +93,8 @@ def suppress_(
         return trace
     raise ModelError(
         f"clean suppression did not bring the accuracy down in {config.suppression_epochs} passes (it began at "
-        f"{first:.2f} and ended at {accuracy:.2f}); raise suppression_rate or suppression_epochs"
+        f"{first:.2f} and ended at {accuracy:.2f}); raise suppression_rate or suppression_epochs, and give pictures of "
+        "all classes in like numbers"
     )
 
 
@@ -138,8 +140,7 @@ def perturb(
     found = []
     with masked(network, sites, ones, batch_statistics=batch_statistics, how=how):
         for number, target in enumerate(targets):
-            others = data.subset(data.labels != target)
-            pictures = others if len(others) else data
+            pictures = of_other_classes(data, target)
             batch_size = config.batch_size if batch_statistics else _half_batch(config)
             batches = _endless(partial(pictures.batches, batch_size, generator))
             if start is None:
@@ -154,6 +155,12 @@ def perturb(
                 progress.update(1)
             found.append(perturbation)
     return torch.stack(found)
+
+
+def of_other_classes(data: DefenceSet, target: int) -> DefenceSet:
+    """The pictures that are not of class ``target``; all of them where there are no others."""
+    others = data.subset(data.labels != target)
+    return others if len(others) else data
 
 
 @torch.no_grad()
@@ -313,8 +320,6 @@ def predict(model: nn.Module, data: DefenceSet, batch_size: int, device: torch.d
 
 def predictions(model: nn.Module, data: DefenceSet, batch_size: int, device: torch.device) -> Iterator[Tensor]:
     """The same batch by batch, each (b, classes) float32 on the CPU, computed when asked for."""
-    if len(data) % batch_size == 1:
-        batch_size += 1  # A last picture alone has no batch statistics.
     for images, _ in data.batches(batch_size, device=device):
         with torch.no_grad():
             logits = logits_of(model(images)).float().cpu()
@@ -374,18 +379,23 @@ class _Readings:
 
     def mean(self) -> tuple[float, float]:
         """Over the pictures."""
-        values, pictures = torch.stack(self._values).double().cpu(), torch.tensor(self._pictures, dtype=torch.double)
+        values, pictures = torch.stack(self._values).cpu().double(), torch.tensor(self._pictures, dtype=torch.double)
         loss, accuracy = ((values * pictures[:, None]).sum(0) / pictures.sum()).tolist()
         return loss, accuracy
 
 
 def _windows(data: DefenceSet, batch_size: int, generator: torch.Generator) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Shuffled batches without end, in groups of about `_WINDOW` pictures and never across two passes."""
-    per_window = max(1, _WINDOW // batch_size)
+    """Shuffled batches without end, in like groups of about `_WINDOW` pictures and never across two passes."""
     while True:
         batches = list(data.batches(batch_size, generator))
-        for start in range(0, len(batches), per_window):
-            yield batches[start : start + per_window]
+        count = _windows_a_pass(len(batches), batch_size)
+        for number in range(count):
+            yield batches[len(batches) * number // count : len(batches) * (number + 1) // count]
+
+
+def _windows_a_pass(batches: int, batch_size: int) -> int:
+    """Groups of a pass of so many batches: a last group of a few pictures would be no measure of accuracy."""
+    return max(1, round(batches / max(1, _WINDOW // batch_size)))
 
 
 def _endless(batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,9 +13,10 @@ from mnp_fast.config import PruneConfig
 from mnp_fast.data import check_model, collect
 from mnp_fast.detect import repair_strength, verdict
 from mnp_fast.result import PruneResult, ScanResult
-from mnp_fast.run import Run
+from mnp_fast.run import Run, ordinary_modes
 
 
+@ordinary_modes()
 def prune(
     model: nn.Module,
     loader: Any,
@@ -68,9 +69,10 @@ def prune(
             repaired = run.repair(selection, perturbations, config)
         else:
             mask, selection, repaired = run.untouched()
-    return run.result(evidence, strength, mask, selection, repaired, triggered)
+        return run.result(evidence, strength, mask, selection, repaired, triggered)
 
 
+@ordinary_modes()
 def scan(
     model: nn.Module,
     loader: Any,

@@ -88,7 +88,7 @@ class PruneResult:
         """Write model.safetensors, masks.safetensors, report.json and report.html, all or none; else FileError."""
         if self.model is None:
             raise FileError("this result was loaded without a model; pass one to PruneResult.load to save it again")
-        tensors = {"model": self.model.state_dict(), "masks": self.masks}
+        tensors = {"model": io.model_tensors(self.model), "masks": self.masks}
         io.save_files(directory, tensors=tensors, report=self.report(), texts={_PAGE: html(self.report(), self.masks)})
 
     @classmethod

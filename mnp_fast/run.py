@@ -16,21 +16,31 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mnp_fast import __version__
-from mnp_fast.checkpoint import Checkpoint, StageState, fingerprint, model_tensors, restore_
+from mnp_fast.checkpoint import Checkpoint, StageState, fingerprint, restore_
 from mnp_fast.config import PruneConfig
-from mnp_fast.data import DefenceSet, check_model, collect
+from mnp_fast.data import DefenceSet, check_model, collect, floating_parameter
 from mnp_fast.detect import Evidence, Look, commonest, repair_classes, undecided, verdict, weigh
 from mnp_fast.device import compute_device, peak_mb, product_dtype
 from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.graph.capture import capture
+from mnp_fast.io import model_tensors
 from mnp_fast.masked import Execution, masked, prune_
 from mnp_fast.memory import kept
-from mnp_fast.optimize import Trace, finetune_, learn_masks, perturb, predict, recalibrate_, suppress_
+from mnp_fast.optimize import (
+    Trace,
+    finetune_,
+    learn_masks,
+    of_other_classes,
+    perturb,
+    predict,
+    recalibrate_,
+    suppress_,
+)
 from mnp_fast.progress import Progress
 from mnp_fast.replay import Recorder
 from mnp_fast.result import PruneResult
 from mnp_fast.select import Selection, select
-from mnp_fast.sites import find_sites
+from mnp_fast.sites import find_sites, site_names
 from mnp_fast.stats import magnitude
 from mnp_fast.waves import Wave, find_wave
 
@@ -40,6 +50,22 @@ _FEWEST = 60
 """Learning pictures of a look after the first; with fewer it learns from all of them."""
 _APART = 1_000_003
 """Between the seed of a run and that of its looks after the first: far from what users try one after the other."""
+
+
+@contextmanager
+def ordinary_modes() -> Iterator[None]:
+    """Gradients on, inference mode off, float32 and the CPU where nothing else is said, whatever the caller has set."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    try:
+        torch.set_default_dtype(torch.float32)
+        if device.type != "cpu":
+            torch.set_default_device(None)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if device.type != "cpu":
+            torch.set_default_device(device)
 
 
 @dataclass
@@ -63,10 +89,10 @@ class Run:
             raise ConfigError(f"seed is {self.seed!r}; give a whole number from 0 to 2**63 - 1")
         self.data = collect(self.loader, seed=self.seed).in_float32()
         self.classes = check_model(self.model, self.data)
-        own = next((p.device for p in self.model.parameters()), None)
+        own = floating_parameter(self.model)
         if own is None:
             raise ModelError("the model has no parameters, and so nothing to prune; give a network with weights")
-        self.device = own if self.given_device is None else compute_device(self.given_device)
+        self.device = own.device if self.given_device is None else compute_device(self.given_device)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.learning, self.held = self.data.split(self.config.held_back, self.generator)
         self.data, self.learning, self.held = (part.on(self.device) for part in (self.data, self.learning, self.held))
@@ -85,20 +111,20 @@ class Run:
     def working_copy(self) -> nn.Module:
         """A copy of the caller's model on the device of the run, in float32, every weight trainable."""
         working = copy.deepcopy(self.model).to(self.device).float().eval()
-        return working.requires_grad_(True)
+        for parameter in working.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        return working
 
     @contextmanager
     def stages(self) -> Iterator[None]:
         """Seeds whatever a model draws by itself, leaves the caller's random state alone, ends the progress bar."""
-        cuda = [self.device.index or 0] if self.device.type == "cuda" else []
-        with (
-            self.bar,
-            kept(),
-            torch.random.fork_rng(devices=cuda),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
-            torch.manual_seed(self.seed)
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with self.bar, kept(), torch.random.fork_rng(devices=cuda):
+            # Not torch.manual_seed: that would seed other GPUs too, which are not put back.
+            torch.default_generator.manual_seed(self.seed)
+            for device in cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(self.seed)
             yield
 
     def expose(self) -> tuple[nn.Module, Evidence]:
@@ -192,7 +218,7 @@ class Run:
         found = self.perturbations("weigh", suppressed, each, learning, size, batch_statistics=True)
         answers: dict[int, list[Tensor]] = {one: [] for one in classes}
         for target, perturbation in zip(each, found, strict=True):
-            others = shown.subset(shown.labels != target)
+            others = of_other_classes(shown, target)
             images = DefenceSet(others.images + perturbation, others.labels)
             answers[target].append(self.suppressed_logits(suppressed, images))
         entry |= {"classes": classes, "perturbations": len(each)}
@@ -240,7 +266,7 @@ class Run:
         found = {}
         with masked(network, self.sites, torch.ones_like(self.magnitude), how=self.how):
             for target, perturbation in zip(targets, perturbations, strict=True):
-                others = learning.subset(learning.labels != target)
+                others = of_other_classes(learning, target)
                 images = DefenceSet(others.images + perturbation, others.labels)
                 logits = predict(network, images, self.config.batch_size, self.device)
                 found[target] = float((logits.argmax(1) == target).double().mean())
@@ -408,11 +434,12 @@ class Run:
         found, target = verdict(evidence, self.config)
         mask = mask.cpu()
         gone = (~selection.keep).cpu()
-        parts = {site.path: slice(site.offset, site.offset + site.neurons) for site in self.sites}
+        places = [slice(site.offset, site.offset + site.neurons) for site in self.sites]
+        parts = dict(zip(site_names(self.sites), places, strict=True))
         return PruneResult(
             model=repaired,
-            masks={path: mask[part].clone() for path, part in parts.items()},
-            pruned={path: gone[part].nonzero().flatten().tolist() for path, part in parts.items()},
+            masks={name: mask[part].clone() for name, part in parts.items()},
+            pruned={name: gone[part].nonzero().flatten().tolist() for name, part in parts.items()},
             threshold=selection.threshold,
             verdict=found,
             suspected_target=target,
@@ -425,7 +452,8 @@ class Run:
     def metrics(self, repaired: nn.Module, triggered: DefenceSet | None) -> dict[str, float]:
         """Clean accuracy on held-back pictures; with triggered pictures also ASR and DER, before and after."""
         was = copy.deepcopy(self.model).eval()
-        own = next(was.parameters())
+        own = floating_parameter(was)
+        assert own is not None
         accuracy = [_accuracy(network, self.held, self.config, own) for network in (was, repaired)]
         out = {"clean_accuracy_before": accuracy[0], "clean_accuracy_after": accuracy[1], "held_back": len(self.held)}
         if triggered is not None:

@@ -101,6 +101,16 @@ def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
     return tuple(placed)
 
 
+def site_names(sites: Sequence[Site]) -> list[str]:
+    """A name for each site: its path, with the parameter where one path has several or is the model itself."""
+    paths = [site.path for site in sites]
+    several = [paths.count(path) > 1 or not path for path in paths]
+    return [
+        f"{site.path}.{site.parameter}".lstrip(".") if more else site.path
+        for site, more in zip(sites, several, strict=True)
+    ]
+
+
 def site_parameter(model: nn.Module, path: str, name: str) -> tuple[nn.Module, nn.Parameter]:
     """A site's or source's module and parameter. Raises ConfigError if the sites are those of another model."""
     try:
@@ -196,8 +206,11 @@ class _Finder(Provenance):
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.stack.append(module)
         # A subclass may normalise without calling F.batch_norm.
-        if isinstance(module, _BatchNorm) and module._parameters.get("weight") is not None and args:
-            self._batch_norm(Maker("batch_norm", self.paths[module], "weight", module.num_features), args[0], False)
+        weight = module._parameters.get("weight") if isinstance(module, _BatchNorm) else None
+        if weight is not None and args:
+            # As `_maker` does: norms that share their weight are one site.
+            owners = self.owners[id(weight)]
+            self._batch_norm(Maker("batch_norm", *owners[0], len(weight)), args[0], len(owners) > 1)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.stack.pop()
@@ -211,7 +224,8 @@ class _Finder(Provenance):
     def sites(self, output: Any) -> list[Site]:
         """What was found, less the convolutions that BatchNorm sites stand for and less the model's own logits."""
         logits = set()
-        for tensor in tensors(output):
+        own = getattr(output, "logits", None)  # of an object that is no mapping
+        for tensor in [own] if isinstance(own, Tensor) else tensors(output):
             tag = self.tag(tensor)
             for part in tag.parts if tag is not None and tensor.dim() == 2 else ():
                 if rows_along(part.index, 1) == list(range(part.maker.rows)):

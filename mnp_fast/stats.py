@@ -24,7 +24,7 @@ from mnp_fast.masked import MODULES, Execution, masked
 from mnp_fast.memory import kept
 from mnp_fast.ops import channel_magnitude, samples
 from mnp_fast.ops.op_channel_magnitude import DTYPES
-from mnp_fast.sites import Site, site_parameter, total_neurons, undisturbed
+from mnp_fast.sites import Site, site_names, site_parameter, total_neurons, undisturbed
 from mnp_fast.walk import Walk
 
 _BUDGET = 256 << 20
@@ -313,7 +313,7 @@ def _check_labels(images: Tensor, labels: Tensor) -> None:
 
 # ---------------------------------------------------------------- agreement
 def rank_correlation(magnitude: Tensor, saliency: Tensor, sites: Sequence[Site]) -> dict[str, float]:
-    """Spearman's rho of the two in every site, by its path (with the parameter where one path has several sites).
+    """Spearman's rho of the two in every site, by its name (`site_names`).
 
     magnitude, saliency: (total_neurons(sites),), taken as they are: give |taylor| where its sign does not matter. Equal
     values share the mean of their ranks; rho is 0 where one of the two is constant. ConfigError for other shapes.
@@ -334,12 +334,7 @@ def rank_correlation(magnitude: Tensor, saliency: Tensor, sites: Sequence[Site])
     a, b = (rank - (sums(rank) / sizes)[owner] for rank in ranks)
     spread = (sums(a * a) * sums(b * b)).sqrt()
     rho = torch.where(spread > 0, sums(a * b) / spread, 0.0).clamp(-1, 1)
-    found: dict[str, float] = {}
-    paths = [site.path for site in sites]
-    for site, value in zip(sites, rho.tolist(), strict=True):
-        several = paths.count(site.path) > 1 or not site.path
-        found[f"{site.path}.{site.parameter}".lstrip(".") if several else site.path] = value
-    return found
+    return dict(zip(site_names(sites), rho.tolist(), strict=True))
 
 
 def _ranks(values: Tensor, owner: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ from torch import nn
 
 import mnp_fast
 from mnp_fast import ConfigError, FileError, PruneConfig, PruneResult, checkpoint
-from mnp_fast.checkpoint import Checkpoint, StageState, model_tensors, restore_
+from mnp_fast.checkpoint import Checkpoint, StageState, fingerprint, restore_
 from mnp_fast.config import BEYOND_LOOKS
+from mnp_fast.data import DefenceSet
+from mnp_fast.io import model_tensors
 
 CPU = torch.device("cpu")
 
@@ -178,10 +180,17 @@ def other_model(model: nn.Module) -> nn.Module:
     return other
 
 
+def with_other_stride(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    other[3].stride = (2, 2)
+    return other
+
+
 def test_another_run_is_refused(model: nn.Module, whole: Path) -> None:
     images, labels = (torch.cat(parts) for parts in zip(*loader(), strict=True))
     others: list[tuple[str, dict[str, Any]]] = [
         ("weights", {"model": other_model(model)}),
+        ("layers", {"model": with_other_stride(model)}),
         ("pictures", {"given": [(images + 0.01, labels)]}),
         ("config", {"config": replace(ALWAYS, perturbation_size=0.3)}),
         ("config, settings of the repair", {"config": replace(ALWAYS, batch_size=41, alpha=0.6)}),
@@ -262,6 +271,25 @@ def test_tensors_of_a_model(model: nn.Module) -> None:
     assert equal(dict(other.state_dict()), dict(model.state_dict()))
     restore_(tied, model_tensors(tied))
     assert equal(dict(tied[1].state_dict()), dict(model.state_dict()))
+
+
+def test_addresses_are_not_of_the_fingerprint(model: nn.Module) -> None:
+    class Named(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net, self.other = net, object()
+
+        def extra_repr(self) -> str:
+            return str(self.other)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    data = DefenceSet(*next(iter(loader())))
+    both = [Named(model), Named(model)]
+    assert repr(both[0]) != repr(both[1])
+    found = [fingerprint(network, data, ALWAYS, 0, CPU, "float32") for network in both]
+    assert found[0] == found[1]
 
 
 def test_weights_in_bfloat16_have_a_fingerprint(model: nn.Module, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_an_endless_loader_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         collect(Endless())
 
 
-@pytest.mark.parametrize("keys", [("pixel_values", "labels"), ("image", "label"), ("images", "labels")])
+@pytest.mark.parametrize("keys", [("pixel_values", "labels"), ("image", "label"), ("images", "label")])
 @pytest.mark.parametrize("kind", [dict, UserDict])
 def test_mappings_are_read(keys: tuple[str, str], kind: type) -> None:
     data = collect([kind({keys[0]: X, keys[1]: Y, "idx": 3})])
@@ -193,8 +193,10 @@ def test_split_refuses_what_it_cannot_do() -> None:
 
 def test_batches_in_order() -> None:
     got = list(DefenceSet(X, Y).batches(13, device="cpu"))
-    assert [len(y) for _, y in got] == [13, 13, 13, 1]
+    assert [len(y) for _, y in got] == [13, 13, 14]
     assert torch.equal(torch.cat([x for x, _ in got]), X)
+    assert [len(y) for _, y in DefenceSet(X, Y).batches(16)] == [16, 16, 8]
+    assert [len(y) for _, y in DefenceSet(X, Y).batches(1)] == [1] * len(X)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,35 @@ def test_suppression_that_does_not_get_there(known: nn.Module) -> None:
         suppress_(copy.deepcopy(known), quadrants(), config, seeded(), QUIET)
 
 
+@pytest.mark.parametrize(
+    ("pictures", "batch_size", "windows"),
+    [
+        (400, 128, [400]),
+        (512, 128, [512]),
+        (514, 128, [514]),
+        (640, 128, [640]),
+        (1600, 128, [512, 512, 576]),
+        (1024, 1000, [1000, 24]),
+        (30, 16, [30]),
+    ],
+)
+def test_windows_are_alike(pictures: int, batch_size: int, windows: list[int]) -> None:
+    data = DefenceSet(torch.zeros(pictures, 1), torch.zeros(pictures, dtype=torch.long))
+    passes = optimize._windows(data, batch_size, seeded())
+    assert [sum(len(y) for _, y in next(passes)) for _ in 2 * windows] == 2 * windows
+
+
+def test_what_answers_one_class_is_not_suppressed_where_the_loader_has_little_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(optimize, "_ascend", Script((0.1, 0.97), (0.2, 0.9), (0.5, 0.7), (0.6, 0.55)))
+    labels = torch.zeros(100, dtype=torch.long)
+    labels[::10] = 1
+    data = DefenceSet(torch.zeros(100, 1, 6, 6), labels)
+    trace = suppress_(zeroed(), data, PruneConfig(batch_size=40), seeded(), QUIET)
+    assert trace.accuracy[-1] == 0.55  # under .6 of the first, and not already at 1.1 times the share of the class
+
+
 class Script:
     """Stands for the steps of a window: weights and momenta grow by 1, and loss and accuracy come from a list."""
 
@@ -484,7 +513,7 @@ def test_a_share_of_a_batch_is_perturbed() -> None:
 
 
 # ---------------------------------------------------------------- predict
-@pytest.mark.parametrize("batch_size", [1, 7, 120, 500])
+@pytest.mark.parametrize("batch_size", [1, 7, 17, 120, 500])
 def test_predict(known: nn.Module, batch_size: int) -> None:
     data = quadrants()
     out = predict(known, data, batch_size, torch.device("cpu"))
@@ -497,6 +526,7 @@ def test_batch_statistics_where_one_picture_would_be_left_over() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     data = quadrants(41, 0)
     with masked(network, (), None, batch_statistics=True):
-        assert predict(network, data, 20, torch.device("cpu")).shape == (41, 4)
+        for batch_size in (2, 5, 20):
+            assert predict(network, data, batch_size, torch.device("cpu")).shape == (41, 4)
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             network(data.images[:1])

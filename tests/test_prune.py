@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -299,6 +300,15 @@ def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model
     assert whole.pulled(model, shift.expand(4, 1, 6, 6), list(range(4)), whole.learning) == pytest.approx(shares)
 
 
+def test_pictures_of_one_class_alone_are_counted_all_the_same(model: nn.Module) -> None:
+    whole = run_module.Run(model, loader(), SHORT, None, 0, False)
+    alone = whole.learning.subset(whole.learning.labels == 1)
+    shares = whole.pulled(model, torch.zeros(2, 1, 6, 6), [0, 1], alone)
+    assert shares.keys() == {0, 1}
+    with whole.stages():
+        assert len(whole.perturbed_logits(model, [1], alone, alone, {})[1]) == SHORT.perturbations * len(alone)
+
+
 # ---------------------------------------------------------------- looks
 def looked(run: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[DefenceSet, DefenceSet]], list[nn.Module]]:
     """What the looks of a run learn from and are shown, and their suppressed models, once it has exposed."""
@@ -492,7 +502,90 @@ def test_global_switches_are_left_alone(model: nn.Module, usual: PruneResult) ->
     assert same(result, usual)
 
 
+def test_the_callers_modes_make_no_difference(original: nn.Module, usual: PruneResult) -> None:
+    with torch.inference_mode():
+        assert same(run(copy.deepcopy(original)), usual)
+        assert torch.is_inference_mode_enabled()
+    given = loader()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(run(original, given), usual)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.set_default_device("meta")
+    try:
+        assert same(run(original, given), usual)
+        assert torch.get_default_device() == torch.device("meta")
+    finally:
+        torch.set_default_device(None)
+
+
+def test_other_gpus_are_not_seeded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seeded(*args: Any) -> None:
+        raise AssertionError("a run on the CPU seeds a GPU")
+
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, seeded)
+    run(model)
+
+
+class Noisy(nn.Module):
+    """Draws in evaluation mode too, as randomised smoothing does."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + 1e-3 * torch.randn_like(x))
+
+
+def test_a_model_that_draws_leaves_the_random_state_alone(model: nn.Module) -> None:
+    noisy = Noisy(model)
+    torch.manual_seed(5)
+    before = torch.get_rng_state().tolist()
+    result = run(noisy)
+    assert torch.get_rng_state().tolist() == before
+    torch.manual_seed(6)
+    assert run(noisy).metrics == result.metrics
+
+
 # ---------------------------------------------------------------- what may be passed
+class Bare(nn.Module):
+    """Two filters without modules of their own, and a table of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.w1, self.w2 = (nn.Parameter(0.3 * torch.randn(8, n, 3, 3)) for n in (1, 8))
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.conv2d(F.relu(F.conv2d(x, self.w1, padding=1)), self.w2, padding=1)
+        return self.head(F.adaptive_avg_pool2d(F.relu(hidden), 2).flatten(1))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 1}
+
+
+def test_bare_parameters_have_names_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bare = Bare()
+    taught(bare)
+    result = run(bare)
+    assert {name: len(mask) for name, mask in result.masks.items()} == {"w1": 8, "w2": 8}
+    assert result.pruned.keys() == result.masks.keys()
+    result.save(tmp_path)
+    again = PruneResult.load(tmp_path, bare)
+    assert again.model is not None
+    assert result.model is not None
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), result.model.parameters(), strict=True))
+
+
 class Wrapped(nn.Module):
     """The logits under a name, as the libraries of pretrained models give them."""
 

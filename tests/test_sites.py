@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from networks import ARCHITECTURES, SMALL, Stranger, make, snapshot
 from torch import Tensor, nn
 
 from mnp_fast.errors import ModelError
-from mnp_fast.sites import Site, Source, find_sites, total_neurons
+from mnp_fast.graph.capture import capture
+from mnp_fast.masked import Execution, masked, prune_
+from mnp_fast.sites import Site, Source, find_sites, site_names, total_neurons
 
 
 def kinds(sites: tuple[Site, ...]) -> dict[str, tuple[int, int]]:
@@ -222,6 +225,35 @@ def test_weight_shared_by_two_modules_is_one_site() -> None:
     model[2].weight = model[0].weight
     (site,) = find_sites(model, torch.rand(2, 3, 2, 2))
     assert site.functional
+
+
+def test_norms_that_share_their_weight_are_one_site() -> None:
+    layers = [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 1.5)
+        model[1].bias.uniform_(-1, 1)
+    model[4].weight = model[1].weight
+    images = torch.rand(2, 3, 4, 4)
+    (site,) = find_sites(model, images)
+    assert (site.path, site.kind, site.functional) == ("1", "batch_norm", True)
+    keep = torch.tensor([True, False, True, False])
+    with torch.no_grad():
+        with masked(model, (site,), keep.float(), how=Execution(capture(model, (site,), images))):
+            expected = model(images)
+        prune_(model, (site,), keep)
+        torch.testing.assert_close(model(images), expected)
+
+
+def test_logits_under_an_attribute_are_no_site() -> None:
+    layers = {"body": nn.Conv2d(3, 4, 1), "head": nn.Conv2d(4, 5, 1)}
+    model = Chain(lambda self, x: SimpleNamespace(logits=self.head(self.body(x).relu()).mean((2, 3))), **layers)
+    assert found(model, 2, 3, 4, 4) == [("body", "conv", 4)]
+
+
+def test_names() -> None:
+    sites = [Site("a", "conv", 2, 0), Site("b", "mlp", 1, 2, parameter="v"), Site("b", "mlp", 1, 3, parameter="w")]
+    assert site_names([*sites, Site("", "conv", 1, 4)]) == ["a", "b.v", "b.w", "weight"]
 
 
 def test_weights_computed_from_a_parameter() -> None:

@@ -226,6 +226,8 @@ class _Rewriter:
         gamma, beta, running_mean, running_var = (self._value(v) for v in (weight, bias, mean, var))
         batch = self.batch_statistics or running_mean is None
         self.meet = self.meet or batch
+        if gamma is not None and bias is None:
+            beta = torch.zeros_like(gamma.detach())
         if gamma is None or beta is None or (running_var is None and not batch):
             if batch:
                 node.args = (*node.args[:3], None, None, True, *node.args[6:])

@@ -38,6 +38,28 @@ def test_batch_statistics(name: str) -> None:
 
 
 @pytest.mark.parametrize("batch_statistics", [False, True])
+def test_norms_without_bias_are_masked_too(batch_statistics: bool) -> None:
+    torch.manual_seed(0)
+    model = taught(small())
+    for norm in (model[1], model[4]):
+        norm.bias = None
+    images = quadrants().images
+    sites = find_sites(model, images)
+    captured = capture(model, sites, images)
+    assert captured.reason is None
+    expected = outputs(model, sites, images, Execution(), batch_statistics)
+    given = outputs(model, sites, images, Execution(captured), batch_statistics)
+    assert close(given[0], expected[0], 1e-3)
+    assert close(given[1], expected[1], 1e-2)
+    gradients = []
+    for how in (Execution(), Execution(captured)):  # and trained where nothing is masked
+        with masked(model, (), None, batch_statistics=batch_statistics, how=how):
+            loss = F.cross_entropy(model(images), quadrants().labels)
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    assert close(gradients[1], gradients[0], 1e-2)
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
 @pytest.mark.parametrize("name", ["narrow resnet18", "torchvision vit_b_16"])
 def test_weights_are_trained_as_at_the_module_level(name: str, batch_statistics: bool) -> None:
     model, images, _, captured = found(name)
