@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,9 @@ def capture(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Capture
     # Another number than that of the trace: len(images) in a forward leaves the traced number in it.
     trial = example[:2] if batch is not None else torch.cat([example[:2], example[:1]])
     reason = _trial(captured, model, sites, trial)
-    return captured if reason is None else Captured(reason)
+    if reason is not None:
+        return Captured(reason)
+    return replace(captured, apart=batch is None and _apart(model, trial))
 
 
 class _Logits(nn.Module):
@@ -116,6 +119,13 @@ def _trial(captured: Captured, model: nn.Module, sites: Sequence[Site], images: 
     if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
         return None
     return "the trace gives other logits than the model"
+
+
+def _apart(model: nn.Module, images: Tensor) -> bool:
+    """Whether the first pictures have the logits that they have without the last one."""
+    with undisturbed(model), torch.no_grad():
+        alone, among = logits_of(model(images[:-1])), logits_of(model(images))[:-1]
+    return torch.allclose(alone, among, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
 
 
 def _written(node: fx.Node) -> list[fx.Node]:

@@ -120,7 +120,7 @@ class _Rewriter:
             self.mask,
             device,
             self.dtype if self.low else None,
-            independent=not self.meet and self.captured.batch is None,
+            independent=not self.meet and self.captured.apart,
         )
 
     # ------------------------------------------------------------ nodes and what they stand for

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from levels import close, found, outputs
+from torch import nn
 
+from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution, masked
-from mnp_fast.sites import total_neurons
+from mnp_fast.sites import find_sites, total_neurons
 
 
 @pytest.mark.parametrize("pictures", [1, 2, 3, 4, 7])
@@ -24,6 +26,33 @@ def test_any_number_of_pictures(pictures: int) -> None:
             torch.set_num_threads(before)
         assert close(given[0], expected[0], 1e-5)
         assert close(given[1], expected[1], 1e-4)
+
+
+class Centred(nn.Module):
+    """Takes the mean of the batch out, in evaluation mode too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0, keepdim=True)
+
+
+def test_pictures_that_meet_are_not_shared_out() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Centred(), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    images = torch.randn(6, 3, 8, 8)
+    sites = find_sites(model, images)
+    captured = capture(model, sites, images)
+    assert captured.reason is None
+    assert not captured.apart
+    assert found("narrow resnet18")[3].apart
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        given = outputs(model, sites, images, Execution(captured))
+    finally:
+        torch.set_num_threads(before)
+    expected = outputs(model, sites, images, Execution())
+    assert close(given[0], expected[0], 1e-5)
+    assert close(given[1], expected[1], 1e-4)
 
 
 def test_the_mask_may_change_between_forwards() -> None:
