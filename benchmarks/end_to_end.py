@@ -40,6 +40,7 @@ from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
 from mnp_fast.masked import masked
 from mnp_fast.objectives import eliminate, preserve
+from mnp_fast.optimize import windows_of
 from mnp_fast.sites import Site, find_sites
 from mnp_fast.stats import magnitude
 
@@ -209,9 +210,8 @@ def counts_of(
 
 
 def _steps(count: int, pictures: int, batch_size: int) -> int:
-    """Of so many windows of suppression: one is 512 pictures, and never reaches across two passes."""
-    passes, window = math.ceil(pictures / batch_size), max(1, 512 // batch_size)
-    windows = [min(window, passes - first) for first in range(0, passes, window)]
+    """Of so many windows of suppression."""
+    windows = windows_of(math.ceil(pictures / batch_size), batch_size)
     return sum(windows[number % len(windows)] for number in range(count))
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def suppress_(
     trace, rate, first = Trace(), config.suppression_rate, 0.0
     # With few classes a model that answers one class only is still right this often.
     commonest = 1.1 * float(data.labels.bincount().max()) / len(data)
-    windows = config.suppression_epochs * _windows_a_pass(math.ceil(len(data) / config.batch_size), config.batch_size)
+    windows = config.suppression_epochs * len(windows_of(math.ceil(len(data) / config.batch_size), config.batch_size))
     progress.stage("suppress", None)
     passes = _windows(data, config.batch_size, generator)
     with masked(model, (), None, batch_statistics=True, how=how):
@@ -388,14 +389,15 @@ def _windows(data: DefenceSet, batch_size: int, generator: torch.Generator) -> I
     """Shuffled batches without end, in like groups of about `_WINDOW` pictures and never across two passes."""
     while True:
         batches = list(data.batches(batch_size, generator))
-        count = _windows_a_pass(len(batches), batch_size)
-        for number in range(count):
-            yield batches[len(batches) * number // count : len(batches) * (number + 1) // count]
+        rest = iter(batches)
+        for count in windows_of(len(batches), batch_size):
+            yield list(islice(rest, count))
 
 
-def _windows_a_pass(batches: int, batch_size: int) -> int:
-    """Groups of a pass of so many batches: a last group of a few pictures would be no measure of accuracy."""
-    return max(1, round(batches / max(1, _WINDOW // batch_size)))
+def windows_of(batches: int, batch_size: int) -> list[int]:
+    """How many batches each window of a pass of so many has: a last one of a few pictures would measure no accuracy."""
+    count = max(1, round(batches / max(1, _WINDOW // batch_size)))
+    return [batches * (number + 1) // count - batches * number // count for number in range(count)]
 
 
 def _endless(batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:
