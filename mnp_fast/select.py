@@ -61,7 +61,7 @@ def select(
             now = (right for data in both for right in _right(model, data, mask.device))
             return drop_above(limit, before, now)
 
-        count = max(_first(dearer, low) - 1, 0)
+        count = max(smallest(dearer, low) - 1, 0)
     keep = torch.ones_like(mask, dtype=torch.bool)
     keep[order[:count]] = False
     return Selection(keep, float(mask[order[count - 1]]) if count else -1.0, low, count)
@@ -114,7 +114,7 @@ def _drop(lost: int, won: int, n: int) -> float:
     return drop - math.sqrt(max(lost + won - n * drop * drop, 0.0)) / n
 
 
-def _first(holds: Callable[[int], bool], last: int) -> int:
+def smallest(holds: Callable[[int], bool], last: int) -> int:
     """Smallest count in [0, last] at which ``holds``, by bisection; last + 1 where it does not hold at ``last``."""
     low, high = 0, last + 1
     while low < high:

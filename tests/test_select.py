@@ -16,7 +16,7 @@ from torch import Tensor
 from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet
 from mnp_fast.masked import prune_
-from mnp_fast.select import Selection, _drop, _first, drop_above, select
+from mnp_fast.select import Selection, _drop, drop_above, select, smallest
 from mnp_fast.sites import find_sites
 
 CONFIG = PruneConfig(batch_size=40)
@@ -32,14 +32,14 @@ def test_bisection_against_trying_every_count(last: int) -> None:
             asked.append(count)
             return count >= start
 
-        assert _first(holds, last) == min(start, last + 1)
+        assert smallest(holds, last) == min(start, last + 1)
         assert all(0 <= count <= last for count in asked)
         assert len(asked) == len(set(asked)) <= math.ceil(math.log2(last + 2))
 
 
 def test_bisection_where_the_answer_goes_up_and_down() -> None:
     for pattern in range(2**8):
-        found = _first(lambda count, pattern=pattern: bool(pattern >> count & 1), 7)
+        found = smallest(lambda count, pattern=pattern: bool(pattern >> count & 1), 7)
         assert found == 8 or pattern >> found & 1
         assert found == 0 or not pattern >> (found - 1) & 1
 

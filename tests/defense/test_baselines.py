@@ -8,7 +8,6 @@ from functools import cache, partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import digits
@@ -27,6 +26,7 @@ from benchmarks.defense.baselines import (
 from benchmarks.defense.baselines.common import Run
 from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet
+from mnp_fast.optimize import predict
 from mnp_fast.select import drop_above
 
 CONFIG = PruneConfig(batch_size=64, mask_steps=8, finetune_epochs=1, precision="float32")
@@ -67,17 +67,19 @@ def test_a_method_repairs_a_copy(name: str) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
     repair = repairs[0]
     assert not repair.model.training
-    assert repair.neurons == 192
+    neurons = 64 if name == "fine_pruning" else 192
+    assert repair.neurons == neurons
     if name in ("finetune", "ft_sam"):
         assert repair.order is None
         assert repair.pruned == 0
         assert any(not torch.equal(first[key], before[key]) for key in first)
     else:
         assert torch.equal(repair.order, repairs[1].order)
-        everyone = torch.arange(128, 192) if name == "fine_pruning" else torch.arange(192)
-        assert torch.equal(repair.order.sort().values, everyone)
-        assert repair.score.shape == (192,)
-    if name in ("anp", "rnp", "clp", "clp_sigma", "fine_pruning"):
+        assert torch.equal(repair.order.sort().values, torch.arange(neurons))
+        assert repair.score.shape == (neurons,)
+    if name == "fine_pruning":
+        assert int((repair.model.head.weight == 0).all(0).sum()) == repair.pruned
+    if name in ("anp", "rnp", "clp", "clp_sigma"):
         silent = sum(int((norm.weight == 0).sum()) for norm in repair.model.norms)
         assert silent == repair.pruned
     if name == "mnp":
@@ -233,6 +235,40 @@ def test_the_most_changed_weights_are_reset() -> None:
     assert reset.nonzero()[:, 0].unique().tolist() == [3]
     assert sorted(reset[3].nonzero().flatten().tolist()) == sorted(change[3].topk(count).indices.tolist())
     assert torch.equal(working.convs[2].weight, model.convs[2].weight)
+    # Of several neurons the most changed weights of all of them, wherever they are.
+    keep[[36, 40]] = False
+    working = run.working_copy()
+    tsbd.reset_(run, working, keep)
+    pooled = change[[3, 4, 8]]
+    least = pooled.flatten().sort().values[-round(0.7 * pooled.numel())]
+    reset = working.convs[1].weight.detach().flatten(1)[[3, 4, 8]] == 0
+    assert torch.equal(reset, pooled >= least)
+
+
+@pytest.mark.usefixtures("short")
+def test_as_many_are_reset_as_accuracy_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = network()
+    run = Run(model, data, 0, CONFIG)
+    ranking = tsbd.rank(run)
+    before = predict(run.plain, data, 64, run.device).argmax(1)
+    for budget in (0.0, 0.3):
+        monkeypatch.setattr(tsbd, "BUDGET", budget)
+        keep = tsbd.rule(run, ranking)
+        count = int((~keep).sum())
+        assert (~keep).nonzero().flatten().tolist() == sorted(ranking[1][:count].tolist())
+        working = run.working_copy()
+        tsbd.reset_(run, working, keep)
+        after = predict(working, data, 64, run.device).argmax(1)
+        lost = float((before == data.labels).float().mean() - (after == data.labels).float().mean())
+        assert lost <= budget + 0.1  # a standard error above the limit
+    assert count > 0
+
+
+def test_the_loss_that_recovers_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr(rnp, "learn_mask", lambda run, model, steps, rate, gradient: seen.update(gradient=gradient))
+    rnp.rank(type("Run", (), {"unlearned": None})())
+    assert torch.equal(seen["gradient"](lambda where: 5 * where, torch.ones(3)), torch.ones(3))
 
 
 @pytest.mark.usefixtures("short")
@@ -241,14 +277,22 @@ def test_dormant_neurons_go_first() -> None:
     run = Run(model, data, 0, CONFIG)
     score, order = fine_pruning.rank(run)
     found = []
-    handle = model.norms[3].register_forward_hook(lambda module, args, output: found.append(F.relu(output)))
+    handle = model.head.register_forward_pre_hook(lambda module, args: found.append(args[0]))
     with torch.no_grad():
         model(run.learning.images)
     handle.remove()
-    expected = found[0].mean((0, 2, 3))
-    torch.testing.assert_close(score[128:], expected, rtol=1e-4, atol=1e-6)
-    assert (score[:128] == common.LEAVE).all()
-    assert int(order[0]) == 128 + int(expected.argmin())
+    expected = found[0].mean(0)
+    torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-6)
+    assert int(order[0]) == int(expected.argmin())
+    keep = torch.ones(len(expected), dtype=torch.bool)
+    keep[order[:4]] = False
+    working = run.working_copy()
+    fine_pruning.prune_and_finetune_(run, working, keep)
+    assert working.head.weight[:, order[:4]].eq(0).all()
+    assert working.head.weight[:, order[4:]].ne(0).all()
+    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    with pytest.raises(SystemExit, match="has none"):
+        fine_pruning.rank(Run(nn.Sequential(*layers), data, 0, CONFIG))
 
 
 def test_statistics_are_the_mean_over_batches() -> None:

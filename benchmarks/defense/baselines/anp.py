@@ -19,7 +19,7 @@ from benchmarks.defense.baselines.training import learn_mask
 EPSILON, ALPHA, RATE = 0.4, 0.2, 0.2
 """The paper's."""
 STEPS = 300
-"""2,000 in the paper; fewer here, since each is three passes and all methods are to take a like time."""
+"""2,000 in the paper; fewer here, since each is three passes."""
 
 
 def rank(run: Run) -> Order:

@@ -27,9 +27,7 @@ from mnp_fast.sites import Site, find_sites, site_parameter, total_neurons
 BUDGET = 0.1
 """Accuracy that pruning may cost before fine-tuning, the same for all: acc_ratio of BackdoorBench's ANP, RNP and FP."""
 UNLEARNED = 0.2
-"""RNP: unlearning ends at this accuracy."""
-LEAVE = -1
-"""Score of a neuron that a method never prunes."""
+"""Unlearning ends at this share of the accuracy at first, where RNP has an accuracy of .2 and TSBD one of .1."""
 
 Order = tuple[Tensor, Tensor]
 """(score (neurons,) float32, order (k,) int64 of the neurons that may be pruned, the first to go first)."""
@@ -94,6 +92,11 @@ class Run:
         with torch.enable_grad():
             suppress_(model, self.learning, config, self.generator, Progress(False), self.how)
         return model
+
+    def narrow(self, sites: tuple[Site, ...]) -> None:
+        """Prune, and count, neurons of these sites alone; the network runs module by module from here on."""
+        self.sites, self.neurons = sites, total_neurons(sites)
+        self.how = replace(self.how, captured=None)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Fine-Pruning (Liu et al., arXiv 1805.12185): prune what is dormant on clean pictures, then fine-tune.
 
-Ranked is the last convolutional site alone, by mean activation; where there is none, the last site that can be seen.
+Ranked are the inputs of the classifier, which in a convolutional network are the channels of its last convolutional
+layer, behind a residual sum if there is one: pruning the norm of a last branch instead leaves what passes beside it.
 """
 
 from __future__ import annotations
@@ -8,44 +9,42 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.defense.baselines.common import LEAVE, Method, Order, Run
+from benchmarks.defense.baselines.common import Method, Order, Run, ranked
 from benchmarks.defense.baselines.training import train_
 from mnp_fast.optimize import predict
 from mnp_fast.sites import Site
 
 
 def rank(run: Run) -> Order:
-    """Mean activation after a ReLU, of the last convolutional site, over pictures and places."""
-    seen = [site for site in run.sites if not site.functional]
-    site = ([site for site in seen if site.kind in ("batch_norm", "conv")] or seen or [run.sites[-1]])[-1]
-    activation = mean_activation(run, site)
-    score = torch.full((run.neurons,), float(LEAVE), device=run.device)
-    score[site.offset : site.offset + site.neurons] = activation
-    return score, site.offset + activation.argsort(stable=True)
+    """Mean of each input of the classifier over the learning pictures, lowest first; the run is narrowed to these."""
+    path, mean = mean_inputs(run)
+    run.narrow((Site(path, "mlp", len(mean), 0),))
+    return ranked(mean)
 
 
-def mean_activation(run: Run, site: Site) -> Tensor:
-    """(site.neurons,) float32, over the learning pictures."""
-    module = run.plain.get_submodule(site.path)
-    total, count = torch.zeros(site.neurons, device=run.device), 0
+def mean_inputs(run: Run) -> tuple[str, Tensor]:
+    """(path of the last linear layer that is called, means (in_features,) float32 of its input)."""
+    sums: dict[str, Tensor] = {}
+    last = ""
 
-    def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        nonlocal total, count
-        values = args[0].unflatten(-1, (site.neurons, -1)) if site.kind in ("mlp", "heads") else output.movedim(1, -1)
-        values = F.relu(values.detach().float())
-        values = values.mean(-1) if site.kind in ("mlp", "heads") else values
-        total += values.reshape(-1, site.neurons).sum(0)
-        count += values.numel() // site.neurons
+    def see(path: str, args: tuple[Any, ...]) -> None:
+        nonlocal last
+        last = path
+        values = args[0].detach().float().flatten(0, -2)
+        sums[path] = sums.get(path, torch.zeros_like(values[0])) + values.sum(0)
 
-    handle = module.register_forward_hook(see)
+    layers = [(path, module) for path, module in run.plain.named_modules() if isinstance(module, nn.Linear)]
+    handles = [m.register_forward_pre_hook(lambda _, args, path=path: see(path, args)) for path, m in layers]
     try:
         predict(run.plain, run.learning, run.config.batch_size, run.device)
     finally:
-        handle.remove()
-    return total / max(count, 1)
+        for handle in handles:
+            handle.remove()
+    if not last:
+        raise SystemExit("Fine-Pruning ranks the inputs of a linear classifier, and this network has none")
+    return last, sums[last] / len(run.learning)
 
 
 def prune_and_finetune_(run: Run, working: nn.Module, keep: Tensor) -> None:

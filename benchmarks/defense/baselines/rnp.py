@@ -5,14 +5,15 @@ from __future__ import annotations
 from benchmarks.defense.baselines.common import Method, Order, Run
 from benchmarks.defense.baselines.training import learn_mask
 
-RATE = 0.2
+RATE, ALPHA = 0.2, 0.2
+"""Learning rate of the masks, and what the loss is multiplied by, as in BackdoorBench."""
 STEPS = 80
 """20 passes over 500 pictures, as in the paper."""
 
 
 def rank(run: Run) -> Order:
     """Masks that recover the unlearned model, lowest first."""
-    return learn_mask(run, run.unlearned, STEPS, RATE, lambda at, mask: at(mask))
+    return learn_mask(run, run.unlearned, STEPS, RATE, lambda at, mask: ALPHA * at(mask))
 
 
 repair = Method(rank)

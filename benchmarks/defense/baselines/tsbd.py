@@ -1,8 +1,9 @@
 """TSBD (Lin et al., arXiv 2405.20291): what changes most when clean pictures are unlearned carries the backdoor.
 
-Stage 1 orders neurons by the L1 change of their weights under clean unlearning; of each that the shared rule takes
-(the paper: a fixed share), the most changed weights are set to zero. Stage 2 fine-tunes while it holds the norm of the
-gradient down, since backdoored networks learn with larger gradients.
+Stage 1 orders neurons by the L1 change of their weights under clean unlearning, and sets the most changed weights of
+the first of them to zero: of as many as `BUDGET` allows after that (the paper: a fixed share). Stage 2 fine-tunes while
+it holds the norm of the gradient down, since backdoored networks learn with larger gradients. Channels of shortcut
+convolutions are neurons here, too.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.defense.baselines.common import Method, Order, Run, filters, ranked
+from benchmarks.defense.baselines.common import BUDGET, Method, Order, Run, filters, ranked
 from benchmarks.defense.baselines.training import TINY, Loss, moved_gradients, plain_gradients, train_
+from mnp_fast.optimize import predict
+from mnp_fast.select import drop_above, smallest
 from mnp_fast.sites import Site
 
 WEIGHTS = 0.7
-"""Share of a chosen neuron's weights that are set to zero, the most changed."""
+"""Share of the weights of all chosen neurons together that are set to zero, the most changed."""
 RADIUS, ALPHA = 0.05, 0.7
 """Of stage 2: (1 - alpha) g(w) + alpha g(w + radius g / |g|), after arXiv 2202.03599. All three are the authors'."""
 
@@ -33,14 +36,41 @@ def rank(run: Run) -> Order:
 
 @torch.no_grad()
 def reset_(run: Run, working: nn.Module, keep: Tensor) -> None:
-    """Set the most changed `WEIGHTS` of the neurons that are not kept to zero."""
+    """Set the most changed `WEIGHTS` of the neurons that are not kept to zero, in place."""
+    chosen = []
     for site in run.sites:
         gone = ~keep[site.offset : site.offset + site.neurons]
-        for weight, rows, change in _changes(run, working, site):
-            count = round(WEIGHTS * change.shape[1])
-            flat = weight[rows[gone]].flatten(1)
-            flat.scatter_(1, change[gone].topk(count).indices, 0.0)
-            weight[rows[gone]] = flat.view(-1, *rows.shape[1:], *weight.shape[1:])
+        chosen += [(weight, rows[gone], change[gone]) for weight, rows, change in _changes(run, working, site)]
+    pooled = torch.cat([change.flatten() for _, _, change in chosen])
+    count = round(WEIGHTS * len(pooled))
+    if not count:
+        return
+    least = pooled.kthvalue(len(pooled) - count + 1).values
+    for weight, rows, change in chosen:
+        flat = weight[rows].flatten(1).masked_fill(change >= least, 0.0)
+        weight[rows] = flat.view(-1, *rows.shape[1:], *weight.shape[1:])
+
+
+def rule(run: Run, ranking: Order) -> Tensor:
+    """keep (neurons,) bool, as `Run.affordable`, but with accuracy measured after the reset."""
+    both = (run.held, run.learning)
+
+    def right(network: nn.Module) -> list[Tensor]:
+        answers = (predict(network, data, run.config.batch_size, run.device).argmax(1) for data in both)
+        return [answer == data.labels.cpu() for answer, data in zip(answers, both, strict=True)]
+
+    def kept(count: int) -> Tensor:
+        keep = torch.ones(run.neurons, dtype=torch.bool, device=run.device)
+        keep[ranking[1][:count]] = False
+        return keep
+
+    def dearer(count: int) -> bool:
+        working = run.working_copy()
+        reset_(run, working, kept(count))
+        return drop_above(BUDGET, before, right(working))
+
+    before = right(run.plain)
+    return kept(max(smallest(dearer, run.neurons) - 1, 0))
 
 
 @torch.no_grad()
@@ -65,4 +95,4 @@ def restore_(run: Run, working: nn.Module, keep: Tensor) -> None:
     train_(run, working, gradients=activeness_aware)
 
 
-repair = Method(rank, restore_)
+repair = Method(rank, restore_, rule)
