@@ -3,10 +3,11 @@
     python -m benchmarks.end_to_end [--arch resnet50] [--pictures 256] [--full] [--device cpu|cuda] [--json [FILE]]
 
 The network is random, its last layer fitted by ridge regression on its features of the pictures, which are random and
-depend on their class. mnp_fast runs whole. The others make a few real steps of every stage, whose mean is multiplied by
-the number of steps that the mnp_fast run has made ("extrapolated": true); --full makes all of them. Windows that
-suppression took back, evaluations of held-back pictures alone and of classes tried, and preparation are in the time of
-mnp_fast only: all in favour of the others. torch_compile: computes in --dtype, and its total counts compiling. On CUDA
+depend on their class. mnp_fast runs whole. The others make a pass or two of real steps of every stage, whose mean is
+multiplied by the number of steps that the mnp_fast run has made ("extrapolated": true); --full makes all of them. What
+is not equal. In favour of the others: windows that suppression took back, the teacher's answers and preparation are in
+the time of mnp_fast only. In favour of mnp_fast: its evaluations of prune sets stop once their answer is certain, those
+of the others go through all pictures. torch_compile: computes in --dtype, and its total counts compiling. On CUDA
 peak memory is that of the whole run; on a CPU see benchmarks.step. Compared with a reference: loss and, in float32,
 gradient of the first step of mask learning; the exit status is 1 where they differ. In bfloat16 the gradient of a
 random network says nothing: plain autocast is off by .4 (resnet18) to 1.2 (resnet50) on batch statistics.
@@ -57,6 +58,7 @@ def main() -> int:
     options.add_threads(parser)
     parser.add_argument("--provider", action="append", choices=NAMES[:2], help="baselines (default: both)")
     parser.add_argument("--pictures", type=int, default=256, help="default: 256; a fifth is held back")
+    parser.add_argument("--looks", type=int, default=PruneConfig.looks, help=f"default: {PruneConfig.looks}")
     parser.add_argument("--full", action="store_true", help="run all steps of the baselines, too")
     args = parser.parse_args()
     device = options.device_of(args)
@@ -114,9 +116,11 @@ def measure(arch: str, model: nn.Module, data: tuple[Tensor, Tensor], args: argp
     """A row a provider: mnp_fast first, since its steps say how many the others make."""
     device, dtype = next(model.parameters()).device, options.DTYPES[args.dtype]
     # Always a suspect: what a random network scores decides whether it is repaired, and the repair is to be timed.
-    config = PruneConfig(batch_size=args.batch, precision=args.dtype, suspicion_score=0, evidence_score=0)
+    config = PruneConfig(
+        batch_size=args.batch, precision=args.dtype, looks=args.looks, suspicion_score=0, evidence_score=0
+    )
     common = {"arch": arch, "size": data[0].shape[-1], "pictures": len(data[1]), "batch": args.batch}
-    common |= {"dtype": args.dtype, "device": device.type, "threads": torch.get_num_threads()}
+    common |= {"looks": args.looks, "dtype": args.dtype, "device": device.type, "threads": torch.get_num_threads()}
     start = time.perf_counter()
     loader = DataLoader(TensorDataset(*data), batch_size=64)
     result = mnp_fast.prune(model, loader, config, progress=False)
@@ -188,17 +192,17 @@ def counts_of(
     (masks,), (selected,) = entries(history, "masks"), entries(history, "select")
     passes_of_repair = config.finetune_epochs if entries(history, "fine-tune") else 0
     tried, perturbations = [entry["tried"] for entry in searched], [entry["perturbations"] for entry in weighed]
-    # Evaluations as if of all pictures, of which a look has its share: for new statistics, as they are, and with each
-    # perturbation; in the search of the learning ones, with the suppressed model and the model itself, and with waves.
+    # Evaluations as if of all pictures, of which a look has its share. A search is of the learning ones: for new
+    # statistics, as they are, with each small perturbation in two models (those of other classes), and with waves.
     shares = [entry["pictures"] / len(learning) for entry in suppressed]
-    exposed = sum(
-        share * (3 + shown + 2 * candidates * (1 - config.held_back))
-        for share, shown, candidates in zip(shares, perturbations, tried, strict=True)
-    )
-    exposed += sum(entry["waved"] for entry in searched) / len(learning) * (1 - config.held_back)
+    others = 1 - 1 / len(learning.labels.unique())
+    asked = sum(share * (2 + 2 * count * others) for share, count in zip(shares, tried, strict=True))
+    asked += sum(entry["waved"] for entry in searched) / len(learning)
+    shown = sum(share * (1 + count * others) for share, count in zip(shares, perturbations, strict=True))
     return Counts(
         suppress=sum(_steps(entry["windows"], entry["pictures"], config.batch_size) for entry in suppressed),
-        exposed=round(exposed),
+        search_evaluations=round(asked * (1 - config.held_back)),
+        weigh_evaluations=round(shown),
         # Half of them before the model itself is asked, and then all.
         search=sum(tried) * (max(1, config.perturbation_steps // 2) + config.perturbation_steps),
         weigh=sum(perturbations) * config.perturbation_steps,

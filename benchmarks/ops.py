@@ -35,9 +35,11 @@ Function = Callable[..., Any]
 
 EPS = 1e-5
 STEP = {"rate": 0.05, "decay": 0.9, "penalty": 2e-3}
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""L2 norm of the difference from float64 over the norm of the float64 result, for every output and gradient. Plain
-torch rounds to bfloat16 before it adds the residual, so that some signs in front of a relu differ: seen is .035."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.01}
+"""L2 norm of the difference from float64 over the norm of the float64 result, for every output and gradient."""
+PLAIN_TOLERANCE = 0.1
+"""The same of plain torch in bfloat16: it rounds before it adds the residual, so that some signs in front of a relu
+differ. Seen is .04, and .0024 of mnp_fast."""
 SAMPLE_MS = 3.0
 
 
@@ -305,7 +307,8 @@ def measure(case: Case, device: torch.device, repeats: int, *, compiled: bool = 
             row |= summary(times[name]) | {"repeats": repeats, "bytes": moved, "copy_ms": copy}
             row |= {"gb_s": float(f"{moved / row['median_ms'] / 1e6:.4g}")}
             row |= {"of_copy": float(f"{copy / row['median_ms']:.3g}"), "error": checked[name]}
-            row["match"] = checked[name] <= TOLERANCE[case.dtype]
+            narrow_plain = name != "mnp_fast" and case.dtype != torch.float32
+            row["match"] = checked[name] <= (PLAIN_TOLERANCE if narrow_plain else TOLERANCE[case.dtype])
             if name == "torch_compile":
                 row["compile_s"] = round(compile_s[name], 2)
             rows.append(row)

@@ -104,7 +104,8 @@ def described(environment: Mapping[str, Any]) -> str:
 def step_table(rows: Sequence[Row]) -> str:
     """A line for each network, batch and dtype."""
     columns = ["network", "batch", "dtype", *(f"{name}, ms" for name in PROVIDERS)]
-    columns += ["x published", "x tuned_eager", "x torch_compile", "peak MB: published", "mnp_fast", "compile s"]
+    columns += ["x published", "x tuned_eager", "x torch_compile", "peak MB: published", "mnp_fast"]
+    columns += ["held MB: published", "mnp_fast", "compile s"]
     cells = []
     for (arch, size, batch, dtype), by in _groups(rows, "arch", "size", "batch", "dtype").items():
         published, compiled, ours = by.get("published"), by.get("torch_compile"), by.get("mnp_fast")
@@ -119,6 +120,8 @@ def step_table(rows: Sequence[Row]) -> str:
                 ratio(compiled, ours, "median_ms"),
                 _cell(published, "peak_mb"),
                 _cell(ours, "peak_mb"),
+                _cell(published, "held_mb"),
+                _cell(ours, "held_mb"),
                 _cell(compiled, "compile_s"),
             ]
         )

@@ -4,7 +4,8 @@ published: float32, contiguous NCHW, a parameter of masks a layer, BatchNorm of 
 masks are learned, weights not frozen. torch_compile: channels_last, autocast, weights frozen while masks are learned,
 running statistics in the clean network, forward and loss compiled. Objectives, batches, rates and clipping are those of
 mnp_fast's configuration; how many steps a stage makes is the caller's, so that two styles make equally many.
-In favour of these styles, perturbations are not added to the pictures of masks and fine-tuning.
+In favour of these styles, perturbations are not added to the pictures of masks and fine-tuning, no weight takes a
+gradient while perturbations are made, and the answers that fine-tuning learns from are there before it is timed.
 """
 
 from __future__ import annotations
@@ -65,14 +66,15 @@ class Timed:
 class Counts:
     """Steps of each kind in one run of mnp_fast.prune.
 
-    suppress: of ascent; exposed: evaluations of the suppressed network, or the network itself, on all pictures; search,
-    weigh, perturb: of the perturbations that find the class (recalibrated statistics, half batches), for evidence
-    (batch statistics) and for repair (as in the search); masks: of mask learning; plain: evaluations of prune sets on
-    learning and held-back pictures; finetune: of fine-tuning.
+    suppress: of ascent; search_evaluations, weigh_evaluations: of the suppressed network, or the network itself, on all
+    pictures; search, weigh, perturb: of the perturbations that find the class (recalibrated statistics, half batches),
+    for evidence (batch statistics) and for repair (as in the search); masks: of mask learning; plain: evaluations of
+    prune sets on learning and held-back pictures; finetune: of fine-tuning.
     """
 
     suppress: int
-    exposed: int
+    search_evaluations: int
+    weigh_evaluations: int
     search: int
     weigh: int
     perturb: int
@@ -108,7 +110,9 @@ class Stages:
         yield self._suppress(counts.suppress)
         # One evaluation of all pictures.
         exposed = use_batch_statistics_(copy.deepcopy(self.exposed))
-        yield Part("weigh", self._evaluation(exposed, [self.learning, self.held]), 1, counts.exposed)
+        evaluate = self._evaluation(exposed, [self.learning, self.held])
+        yield Part("search", evaluate, 1, counts.search_evaluations)
+        yield Part("weigh", evaluate, 1, counts.weigh_evaluations)
         self.exposed.eval()
         recalibrate_(self.exposed, self.learning, self.config)
         yield self._perturb("search", copy.deepcopy(self.exposed), counts.search, self._half_batch)
@@ -143,8 +147,7 @@ class Stages:
 
     def _perturb(self, stage: str, net: nn.Module, count: int, batch_size: int) -> Part:
         """Gradient steps on one universal perturbation."""
-        if self.compiled:
-            net.requires_grad_(False)
+        net.requires_grad_(False)
         loss_of = self._loss(net)
         batches, period = self._batches(batch_size)
         perturbation = torch.zeros_like(self.learning.images[:1])
@@ -152,7 +155,6 @@ class Stages:
         def step() -> None:
             images, labels = next(batches)
             moving = perturbation.detach().requires_grad_()
-            net.zero_grad()
             loss_of(images + moving, torch.zeros_like(labels)).backward()
             assert moving.grad is not None
             perturbation.sub_(1e-3 * moving.grad / moving.grad.norm().clamp_min(1e-12))
@@ -225,24 +227,28 @@ class Stages:
             for site, weight in zip(self.sites, weights, strict=True)
         ]
         parameters = list(net.parameters())
-        batches, period = self._batches(self._half_batch)
+        # Batches of rows: what the teacher says of a picture is asked once.
+        rows = torch.arange(len(self.learning))
+        batches, period = self._batches(self._half_batch, DefenceSet(self.learning.images, rows))
+        with torch.no_grad(), autocast(self.dtype, self.device):
+            parts = self.learning.batches(self.config.batch_size, device=self.device)
+            answers = torch.cat([logits_of(teacher(self._images(images))) for images, _ in parts])
+        right = self.learning.labels.to(self.device)
         optimizer = torch.optim.SGD(
             parameters, lr=self.config.finetune_rate, momentum=DECAY, weight_decay=self.config.weight_decay
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, count))
 
-        def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        def loss_of(images: Tensor, soft: Tensor, labels: Tensor) -> Tensor:
             with autocast(self.dtype, self.device):
-                with torch.no_grad():
-                    soft = logits_of(teacher(images))
                 return repair_loss(logits_of(net(images)), soft, labels, self.config.distillation)
 
-        run: Loss = torch.compile(loss_of) if self.compiled else loss_of
+        run = torch.compile(loss_of) if self.compiled else loss_of
 
         def step() -> None:
-            images, labels = next(batches)
+            images, rows = next(batches)
             optimizer.zero_grad()
-            run(images, labels).backward()
+            run(images, answers[rows], right[rows]).backward()
             torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
             optimizer.step()
             schedule.step()
@@ -279,13 +285,15 @@ class Stages:
     def _images(self, images: Tensor) -> Tensor:
         return in_channels_last(images) if self.compiled else images
 
-    def _batches(self, size: int) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
+    def _batches(self, size: int, data: DefenceSet | None = None) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
+        """Shuffled batches without end, of the learning pictures or of ``data``, and how many a pass has."""
+        given = self.learning if data is None else data
         generator = torch.Generator().manual_seed(0)
-        period = len(list(self.learning.batches(size, generator)))
+        period = len(list(given.batches(size, generator)))
 
         def endless() -> Iterator[tuple[Tensor, Tensor]]:
             while True:
-                for images, labels in self.learning.batches(size, generator, self.device):
+                for images, labels in given.batches(size, generator, self.device):
                     yield self._images(images), labels
 
         return endless(), period

@@ -24,6 +24,7 @@ IDENTITY = (
     "memory",
     "size",
     "pictures",
+    "looks",
     "batch",
     "dtype",
     "threads",

@@ -5,8 +5,10 @@
 What a step and a provider is: benchmarks/providers.py. All providers run in one process on the same input, in turns.
 Before any time is taken, loss and mask gradient of the first step are compared with a reference; a provider that does
 not match is printed and stored as such, and the exit status is 1. Times are milliseconds a step; "peak MB" is memory
-beyond weights and inputs (benchmarks/memory.py); "compile s" is what the first step of torch.compile took more. On CUDA
-the row of mnp_fast says in "cuda_graph" whether its step was captured, or why not.
+that a step takes at most beyond what stands between steps, "held MB" what stands there beyond one copy of the weights
+(packed weights, for one; of torch_compile as of tuned_eager), and "of published" the ratio of their sums
+(benchmarks/memory.py); "compile s" is what the first step of torch.compile took more. On CUDA the row of mnp_fast says
+in "cuda_graph" whether its step was captured, or why not; the others have no graph.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 
 from benchmarks import options, results_file
 from benchmarks.environment import environment
-from benchmarks.memory import peak_mb
+from benchmarks.memory import held_mb, peak_mb
 from benchmarks.models import Workload, workload
 from benchmarks.providers import GRADIENT_TOLERANCE, LOSS_TOLERANCE, RATIO, Check, MnpFast, Step, steps
 from benchmarks.tables import console, number, ratio, table, verdict
@@ -82,10 +84,9 @@ def measure(work: Workload, dtype: torch.dtype, names: Sequence[str], repeats: i
         if isinstance(step, MnpFast) and step.recorder is not None:
             rows[name]["cuda_graph"] = step.recorder.reason or "captured"
         ready[name] = step
-    # As in a run: freed memory is kept for the next step.
-    around = {"mnp_fast": kept}
-    for name, times in interleaved(ready, repeats, device, around=around).items():
-        rows[name] |= summary(times) | {"repeats": repeats}
+    with kept():  # as in a run: freed memory is there for the next step
+        for name, times in interleaved(ready, repeats, device, settle=True).items():
+            rows[name] |= summary(times) | {"repeats": repeats}
     for name, row in rows.items():
         ready[name].release()
         row["peak_mb"] = float(f"{peak_mb(ready[name], device):.4g}")
@@ -93,7 +94,24 @@ def measure(work: Workload, dtype: torch.dtype, names: Sequence[str], repeats: i
             row["compile_s"] = round((row["first_step_ms"] - row["median_ms"]) / 1e3, 1)
     for step in ready.values():
         step.close()
+    for name, row in rows.items():
+        row["held_mb"] = float(f"{_held_mb(work, dtype, name):.4g}")
     return list(rows.values())
+
+
+def _held_mb(work: Workload, dtype: torch.dtype, name: str) -> float:
+    made: list[Step] = []
+
+    def make() -> None:
+        # Compiling under a profiler would tell of the compiler.
+        ((_, step),) = steps(work, dtype, ["tuned_eager" if name == "torch_compile" else name])
+        step()
+        step.release()
+        made.append(step)
+
+    held = held_mb(make, work.images.device)
+    made.pop().close()
+    return held - sum(tensor.nbytes for tensor in (*work.model.parameters(), *work.model.buffers())) / 1e6
 
 
 def show(rows: Sequence[Row]) -> Any:
@@ -101,7 +119,9 @@ def show(rows: Sequence[Row]) -> Any:
     first = rows[0]
     by = {row["provider"]: row for row in rows}
     title = f"step: {first['arch']}, {first['size']}x{first['size']}, batch {first['batch']}, {first['dtype']}"
-    columns = ["provider", "ms", "20 %", "80 %", "x published", "x compile", "peak MB", "of published", "compile s"]
+    columns = ["provider", "ms", "20 %", "80 %", "x published", "x compile", "peak MB", "held MB", "of published"]
+    columns += ["compile s"]
+    sums: dict[str, Row] = {name: {"mb": row["peak_mb"] + row["held_mb"]} for name, row in by.items()}
     cells = []
     for row in rows:
         published, compiled = by.get("published"), by.get("torch_compile")
@@ -114,7 +134,8 @@ def show(rows: Sequence[Row]) -> Any:
                 ratio(published, row, "median_ms"),
                 ratio(compiled, row, "median_ms"),
                 number(row["peak_mb"]),
-                ratio(row, published, "peak_mb"),
+                number(row["held_mb"]),
+                ratio(sums[row["provider"]], sums.get("published"), "mb"),
                 number(row.get("compile_s")),
                 verdict(row),
             ]

@@ -6,7 +6,6 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,15 +52,13 @@ def interleaved(
     device: torch.device,
     *,
     sample_ms: float = 0.0,
-    around: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
+    settle: bool = False,
 ) -> dict[str, list[float]]:
     """Milliseconds a call, ``repeats`` samples of each, all calls in turns.
 
     Every call runs twice before. A sample is one call, or as many as fill ``sample_ms``. Each round begins with another
-    call, so that none always follows the same one. around: a context in which a call's turn runs; every turn then
-    begins with a call that is not timed, for all calls alike.
+    call, so that none always follows the same one. settle: every turn begins with a call that is not timed.
     """
-    around = around or {}
     inner = {}
     for name, call in calls.items():
         elapsed_ms(call, device)
@@ -75,10 +72,9 @@ def interleaved(
         for number in range(repeats):
             first = number % len(names)
             for name in (*names[first:], *names[:first]):
-                with around.get(name, nullcontext)():
-                    if around:
-                        elapsed_ms(calls[name], device)
-                    times[name].append(elapsed_ms(calls[name], device, inner[name]))
+                if settle:
+                    elapsed_ms(calls[name], device)
+                times[name].append(elapsed_ms(calls[name], device, inner[name]))
     finally:
         if collecting:
             gc.enable()

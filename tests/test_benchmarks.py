@@ -20,7 +20,7 @@ import mnp_fast
 from benchmarks import end_to_end, ops, plot, results_file, stats, step
 from benchmarks.digits import SmallNet
 from benchmarks.environment import environment, environment_key, same_environment
-from benchmarks.memory import peak_mb
+from benchmarks.memory import held_mb, peak_mb
 from benchmarks.models import Workload, of_model, randomize_
 from benchmarks.providers import Check, MnpFast, Published, Tuned
 from benchmarks.published import Counts, Stages
@@ -66,6 +66,9 @@ def test_step_rows_are_complete_and_match(network: type[nn.Module], dtype: torch
         assert row["match"], row
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["peak_mb"] > 0
+        assert row["held_mb"] >= 0
+    # Packed weights: the others have none.
+    assert rows[2]["held_mb"] > rows[1]["held_mb"] >= 0
     json.dumps(rows)
     assert step.show(rows).row_count == 3
 
@@ -114,6 +117,9 @@ def test_calls_are_taken_in_turns() -> None:
     times = interleaved(calls, 3, CPU)
     assert [len(values) for values in times.values()] == [3, 3, 3]
     assert "".join(order[6:]) == "abcbcacab"
+    order.clear()
+    assert [len(values) for values in interleaved(calls, 1, CPU, settle=True).values()] == [1, 1, 1]
+    assert "".join(order[6:]) == "aabbcc"
 
 
 def test_peak_memory_counts_what_lives_at_once() -> None:
@@ -125,6 +131,8 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
         del second, third
 
     assert peak_mb(call, CPU) == pytest.approx(8.0, abs=0.01)
+    assert held_mb(call, CPU) == pytest.approx(0.0, abs=0.01)
+    assert held_mb(lambda: torch.zeros(1_000_000) + 1, CPU) == pytest.approx(4.0, abs=0.01)
 
 
 def test_results_file_adds_replaces_and_refuses(tmp_path, monkeypatch) -> None:
@@ -294,13 +302,14 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     assert calls[f"run {len(learning)}"] == looks
     sizes = {int((learning.labels != label).sum()) for label in range(10)}
     assert sum(calls[f"run {size}"] for size in sizes) == 2 * tried
-    share = len(learning) / len(data[1])
+    share, others = len(learning) / len(data[1]), 0.9
     waved = sum(entry["waved"] for entry in searched) / len(learning)
-    assert counts.exposed == 3 * looks + perturbations + round((2 * tried + waved) * share)
+    assert counts.search_evaluations == round((2 * looks + 2 * tried * others + waved) * share)
+    assert counts.weigh_evaluations == round(looks + perturbations * others)
 
 
 def test_a_look_at_half_of_the_pictures_counts_half() -> None:
-    learning = DefenceSet(torch.zeros(80, 1), torch.zeros(80, dtype=torch.int64))
+    learning = DefenceSet(torch.zeros(80, 1), torch.arange(80) % 10)
     config = PruneConfig(batch_size=16, held_back=0.2, perturbation_steps=4)
     history: list[dict[str, Any]] = [
         {"stage": "suppress", "windows": 3, "pictures": 80},
@@ -314,16 +323,17 @@ def test_a_look_at_half_of_the_pictures_counts_half() -> None:
     ]
     counts = end_to_end.counts_of(history, learning, config)
     assert counts.suppress == 3 * 5 + 2 * 3
-    assert counts.exposed == round(1.5 * (3 + 6 + 2 * 10 * 0.8) + 240 / 80 * 0.8)
+    assert counts.search_evaluations == round(0.8 * (1.5 * (2 + 2 * 10 * 0.9) + 240 / 80))
+    assert counts.weigh_evaluations == round(1.5 * (1 + 6 * 0.9))
     assert (counts.search, counts.weigh, counts.masks, counts.finetune) == (20 * 6, 12 * 4, 9, 0)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 0), (3, 17), (18, 17), (0, 100), (64, 100)])
 def test_probes_of_a_bisection(first: int, last: int) -> None:
-    from mnp_fast.select import _first
+    from mnp_fast.select import smallest
 
     asked: list[int] = []
-    assert _first(lambda count: asked.append(count) or count >= first, last) == first  # type: ignore[func-returns-value]
+    assert smallest(lambda count: asked.append(count) or count >= first, last) == first  # type: ignore[func-returns-value]
     assert end_to_end.probes(first, last) == len(asked)
 
 
@@ -332,7 +342,7 @@ def test_published_stages_run_and_match(full: bool) -> None:
     model, data = digits_run()
     sites = find_sites(model, data[0][:2])
     learning, held = DefenceSet(*data).split(0.2, torch.Generator().manual_seed(0))
-    counts = Counts(suppress=7, exposed=2, search=3, weigh=3, perturb=3, masks=8, plain=2, finetune=0)
+    counts = Counts(7, 2, 1, search=3, weigh=3, perturb=3, masks=8, plain=2, finetune=4)
     config = PruneConfig(batch_size=16)
     stages = Stages(model, sites, magnitude(model, sites), learning, held, config, torch.float32, compiled=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -341,7 +351,7 @@ def test_published_stages_run_and_match(full: bool) -> None:
     assert row["extrapolated"] is not full
     # Three batches of learning pictures: a warm-up and a pass, where not all steps are made.
     assert row["measured_steps"]["masks"] == (8 if full else 6)
-    assert row["measured_steps"]["fine-tune"] == 0
+    assert row["measured_steps"]["fine-tune"] == (4 if full else 12)
     assert row["seconds"] == pytest.approx(sum(row["stages_s"].values()), abs=0.03)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
