@@ -215,7 +215,7 @@ def _apart(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
 
 def _cell(row: Row | None, key: str) -> str:
     """A number, marked where the row did not match the reference."""
-    if row is None:
+    if row is None or row.get(key) is None:
         return ""
     return number(row.get(key)) + ("" if row["match"] else " (mismatch)")
 
