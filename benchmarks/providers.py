@@ -6,8 +6,9 @@ momentum = decay * momentum + gradient + penalty * magnitude; mask = clamp(mask 
 - published: as the published code of ANP and RNP runs it. float32, contiguous NCHW, a parameter of masks a layer that
   multiplies its weights, BatchNorm in training mode, weights not frozen, so that their gradients are computed too, the
   penalty a term of the loss, one SGD and a loop of clamps over the parameters.
-- tuned_eager: weights frozen, channels_last, autocast, F.batch_norm(weight=mask * gamma) on running statistics.
-- torch_compile: torch.compile of tuned_eager in its default mode.
+- tuned_eager: weights frozen, channels_last, autocast, F.batch_norm(weight=mask * gamma) on running statistics; on CUDA
+  replayed as a graph, too.
+- torch_compile: torch.compile of tuned_eager in its default mode, without a graph.
 - mnp_fast: mnp_fast.masked and mnp_fast.ops.mask_step_; on CUDA replayed as a graph, as `mnp_fast.prune` does.
 """
 
@@ -97,7 +98,7 @@ class Tuned:
     """Step of tuned eager torch, or, with ``compiled``, torch.compile of its forward with loss and of its update."""
 
     def __init__(self, work: Workload, dtype: torch.dtype, *, compiled: bool = False) -> None:
-        self.work, self.dtype = work, dtype
+        self.work, self.dtype, self.compiled = work, dtype, compiled
         self.flat = work.mask.clone()
         # Views of one tensor: gradients come one a layer, and the update is one for all.
         self.masks = split(self.flat, work.sites)
@@ -109,13 +110,19 @@ class Tuned:
         self.pull = PENALTY * work.magnitude
         self.loss: Callable[[], Tensor] = torch.compile(self._loss) if compiled else self._loss
         self.update: Callable[[Tensor], None] = torch.compile(self._update) if compiled else self._update
+        self.recorder = None if compiled else _recorder(self.images.device)
+        self.step = Replayed(self._step, (self.flat, self.momentum), self.recorder)
 
     def __call__(self) -> Tensor:
+        loss, self.last = self.step()
+        return loss
+
+    def _step(self) -> tuple[Tensor, Tensor]:
         loss = self.loss()
-        self.last = torch.cat(torch.autograd.grad(loss, self.masks))
+        gradient = torch.cat(torch.autograd.grad(loss, self.masks))
         with torch.no_grad():
-            self.update(self.last)
-        return loss.detach()
+            self.update(gradient)
+        return loss.detach(), gradient
 
     def _loss(self) -> Tensor:
         with autocast(self.dtype, self.images.device):
@@ -132,10 +139,12 @@ class Tuned:
         return self.flat
 
     def release(self) -> None:
-        del self.last
+        del self.last, self.step
+        self.step = Replayed(self._step, (self.flat, self.momentum), self.recorder)
 
     def close(self) -> None:
-        if self.loss is not self._loss:
+        del self.step
+        if self.compiled:
             torch.compiler.reset()
 
 
@@ -150,7 +159,7 @@ class MnpFast:
         self.undo = ExitStack()
         model = copy.deepcopy(work.model)
         self.net = masked_network(self.undo, model, work.sites, self.flat, self.images, dtype)
-        self.recorder = Recorder(self.images.device) if self.images.device.type == "cuda" else None
+        self.recorder = _recorder(self.images.device)
         self.step = Replayed(self._step, (self.flat, self.momentum), self.recorder)
 
     def __call__(self) -> Tensor:
@@ -178,6 +187,10 @@ class MnpFast:
         # Before the weights that a graph reads.
         del self.step
         self.undo.close()
+
+
+def _recorder(device: torch.device) -> Recorder | None:
+    return Recorder(device) if device.type == "cuda" else None
 
 
 def masked_network(

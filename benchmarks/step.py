@@ -7,8 +7,8 @@ Before any time is taken, loss and mask gradient of the first step are compared 
 not match is printed and stored as such, and the exit status is 1. Times are milliseconds a step; "peak MB" is memory
 that a step takes at most beyond what stands between steps, "held MB" what stands there beyond one copy of the weights
 (packed weights, for one; of torch_compile as of tuned_eager), and "of published" the ratio of their sums
-(benchmarks/memory.py); "compile s" is what the first step of torch.compile took more. On CUDA the row of mnp_fast says
-in "cuda_graph" whether its step was captured, or why not; the others have no graph.
+(benchmarks/memory.py); "compile s" is what the first step of torch.compile took more. On CUDA the rows of mnp_fast
+and tuned_eager say in "cuda_graph" whether their step was captured, or why not; the others have no graph.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks import options, results_file
 from benchmarks.environment import environment
 from benchmarks.memory import held_mb, peak_mb
 from benchmarks.models import Workload, workload
-from benchmarks.providers import GRADIENT_TOLERANCE, LOSS_TOLERANCE, RATIO, Check, MnpFast, Step, steps
+from benchmarks.providers import GRADIENT_TOLERANCE, LOSS_TOLERANCE, RATIO, Check, MnpFast, Step, Tuned, steps
 from benchmarks.tables import console, number, ratio, table, verdict
 from benchmarks.timing import interleaved, summary
 from mnp_fast.memory import kept
@@ -81,7 +81,7 @@ def measure(work: Workload, dtype: torch.dtype, names: Sequence[str], repeats: i
             "first_step_ms": round(first_ms, 1),
             **check(name, step, loss),
         }
-        if isinstance(step, MnpFast) and step.recorder is not None:
+        if isinstance(step, Tuned | MnpFast) and step.recorder is not None:
             rows[name]["cuda_graph"] = step.recorder.reason or "captured"
         ready[name] = step
     with kept():  # as in a run: freed memory is there for the next step
