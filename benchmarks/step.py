@@ -100,18 +100,16 @@ def measure(work: Workload, dtype: torch.dtype, names: Sequence[str], repeats: i
 
 
 def _held_mb(work: Workload, dtype: torch.dtype, name: str) -> float:
-    made: list[Step] = []
-
-    def make() -> None:
-        # Compiling under a profiler would tell of the compiler.
+    def make() -> Step:
+        # What torch.compile holds besides is the compiler's.
         ((_, step),) = steps(work, dtype, ["tuned_eager" if name == "torch_compile" else name])
         step()
         step.release()
-        made.append(step)
+        return step
 
     held = held_mb(make, work.images.device)
-    made.pop().close()
-    return held - sum(tensor.nbytes for tensor in (*work.model.parameters(), *work.model.buffers())) / 1e6
+    weights = sum(tensor.nbytes for tensor in (*work.model.parameters(), *work.model.buffers())) / 1e6
+    return max(0.0, held - weights)
 
 
 def show(rows: Sequence[Row]) -> Any:
