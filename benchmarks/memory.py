@@ -43,17 +43,17 @@ def peak_mb(call: Callable[[], Any], device: torch.device) -> float:
     return max(accumulate((e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())), initial=0)) / 1e6
 
 
-def held_mb(call: Callable[[], Any], device: torch.device) -> float:
-    """Megabytes that are allocated after the call beyond what was before it, what it returns being alive.
+def held_mb(make: Callable[[], Any], device: torch.device, drop: Callable[[Any], None] = lambda made: None) -> float:
+    """Megabytes that are allocated beyond what was before while what ``make`` returns lives; ``drop`` gives it back.
 
-    On a CPU after a first call, so that code and tables that are loaded once do not count; on Linux alone.
+    On a CPU the second time, so that code and tables that are loaded once do not count; on Linux alone.
     """
     if device.type == "cpu":
-        call()
+        drop(make())
     before = _allocated(device)
-    made = call()
+    made = make()
     held = _allocated(device) - before
-    del made
+    drop(made)
     return held / 1e6
 
 

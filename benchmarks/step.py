@@ -107,7 +107,7 @@ def _held_mb(work: Workload, dtype: torch.dtype, name: str) -> float:
         step.release()
         return step
 
-    held = held_mb(make, work.images.device)
+    held = held_mb(make, work.images.device, lambda step: step.close())
     weights = sum(tensor.nbytes for tensor in (*work.model.parameters(), *work.model.buffers())) / 1e6
     return max(0.0, held - weights)
 

@@ -12,8 +12,9 @@ from torch import nn
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import check_model, collect
 from mnp_fast.detect import repair_strength, verdict
+from mnp_fast.device import ordinary_modes
 from mnp_fast.result import PruneResult, ScanResult
-from mnp_fast.run import Run, ordinary_modes
+from mnp_fast.run import Run
 
 
 @ordinary_modes()

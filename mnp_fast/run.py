@@ -52,22 +52,6 @@ _APART = 1_000_003
 """Between the seed of a run and that of its looks after the first: far from what users try one after the other."""
 
 
-@contextmanager
-def ordinary_modes() -> Iterator[None]:
-    """Gradients on, inference mode off, float32 and the CPU where nothing else is said, whatever the caller has set."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    try:
-        torch.set_default_dtype(torch.float32)
-        if device.type != "cpu":
-            torch.set_default_device(None)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        if device.type != "cpu":
-            torch.set_default_device(device)
-
-
 @dataclass
 class Run:
     """One run: its checked input, its working copies and its history."""

@@ -53,12 +53,12 @@ def select(
     kept = torch.ones_like(mask)
     with masked(model, sites, kept, how=how):
         both = (held, learning)
-        before = [torch.cat(list(_right(model, data, mask.device))) for data in both]
+        before = [torch.cat(list(right_answers(model, data, mask.device))) for data in both]
 
         def dearer(count: int) -> bool:
             kept.fill_(1.0)
             kept[order[:count]] = 0.0
-            now = (right for data in both for right in _right(model, data, mask.device))
+            now = (right for data in both for right in right_answers(model, data, mask.device))
             return drop_above(limit, before, now)
 
         count = max(smallest(dearer, low) - 1, 0)
@@ -67,8 +67,8 @@ def select(
     return Selection(keep, float(mask[order[count - 1]]) if count else -1.0, low, count)
 
 
-def _right(network: nn.Module, data: DefenceSet, device: torch.device) -> Iterator[Tensor]:
-    """Bool (b,) for each batch: right or wrong."""
+def right_answers(network: nn.Module, data: DefenceSet, device: torch.device) -> Iterator[Tensor]:
+    """Bool (b,) for each batch: right or wrong; computed when asked for."""
     start = 0
     for logits in predictions(network, data, _BATCH, device):
         yield logits.argmax(1) == data.labels[start : start + len(logits)]

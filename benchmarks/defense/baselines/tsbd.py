@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.defense.baselines.common import BUDGET, Method, Order, Run, filters, ranked
 from benchmarks.defense.baselines.training import TINY, Loss, moved_gradients, plain_gradients, train_
-from mnp_fast.optimize import predict
-from mnp_fast.select import drop_above, smallest
+from mnp_fast.select import drop_above, right_answers, smallest
 from mnp_fast.sites import Site
 
 WEIGHTS = 0.7
@@ -55,10 +54,6 @@ def rule(run: Run, ranking: Order) -> Tensor:
     """keep (neurons,) bool, as `Run.affordable`, but with accuracy measured after the reset."""
     both = (run.held, run.learning)
 
-    def right(network: nn.Module) -> list[Tensor]:
-        answers = (predict(network, data, run.config.batch_size, run.device).argmax(1) for data in both)
-        return [answer == data.labels.cpu() for answer, data in zip(answers, both, strict=True)]
-
     def kept(count: int) -> Tensor:
         keep = torch.ones(run.neurons, dtype=torch.bool, device=run.device)
         keep[ranking[1][:count]] = False
@@ -67,9 +62,11 @@ def rule(run: Run, ranking: Order) -> Tensor:
     def dearer(count: int) -> bool:
         working = run.working_copy()
         reset_(run, working, kept(count))
-        return drop_above(BUDGET, before, right(working))
+        return drop_above(
+            BUDGET, before, (right for data in both for right in right_answers(working, data, run.device))
+        )
 
-    before = right(run.plain)
+    before = [torch.cat(list(right_answers(run.plain, data, run.device))) for data in both]
     return kept(max(smallest(dearer, run.neurons) - 1, 0))
 
 
