@@ -191,23 +191,20 @@ def counts_of(
     suppressed, searched, weighed = (entries(history, name) for name in ("suppress", "search", "weigh"))
     (masks,), (selected,) = entries(history, "masks"), entries(history, "select")
     passes_of_repair = config.finetune_epochs if entries(history, "fine-tune") else 0
-    tried, leading = ([entry[name] for entry in searched] for name in ("tried", "leading"))
-    perturbations = [entry["perturbations"] for entry in weighed]
+    tried, perturbations = [entry["tried"] for entry in searched], [entry["perturbations"] for entry in weighed]
     # Evaluations as if of all pictures, of which a look has its share. A search is of the learning ones: for new
-    # statistics, as they are, with each small perturbation in two models and with those that were made longer in one
-    # (those of other classes), and with waves.
+    # statistics, as they are, with each small perturbation in two models (those of other classes), and with waves.
     shares = [entry["pictures"] / len(learning) for entry in suppressed]
     others = 1 - 1 / len(learning.labels.unique())
-    each = [2 * first + last for first, last in zip(tried, leading, strict=True)]
-    asked = sum(share * (2 + count * others) for share, count in zip(shares, each, strict=True))
+    asked = sum(share * (2 + 2 * count * others) for share, count in zip(shares, tried, strict=True))
     asked += sum(entry["waved"] for entry in searched) / len(learning)
     shown = sum(share * (1 + count * others) for share, count in zip(shares, perturbations, strict=True))
     return Counts(
         suppress=sum(_steps(entry["windows"], entry["pictures"], config.batch_size) for entry in suppressed),
         search_evaluations=round(asked * (1 - config.held_back)),
         weigh_evaluations=round(shown),
-        # Half of them before the model itself is asked, and then all for the classes that lead.
-        search=sum(tried) * max(1, config.perturbation_steps // 2) + sum(leading) * config.perturbation_steps,
+        # Half of them before the model itself is asked, and then all.
+        search=sum(tried) * (max(1, config.perturbation_steps // 2) + config.perturbation_steps),
         weigh=sum(perturbations) * config.perturbation_steps,
         perturb=config.perturbations * config.perturbation_steps,
         masks=masks["steps"],

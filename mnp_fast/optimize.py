@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -112,7 +112,6 @@ def perturb(
     size: float,
     steps: int,
     start: Tensor | None = None,
-    only: Collection[int] | None = None,
     batch_statistics: bool = False,
 ) -> Tensor:
     """Universal perturbations (Moosavi-Dezfooli et al., arXiv 1610.08401), one for each class of ``targets``.
@@ -124,9 +123,8 @@ def perturb(
     fixed ones (`recalibrate_`) triggers work in full (docs/decisions.md), and half a batch is enough for a step.
 
     size: L2 norm over the mean L2 norm of the pictures' deviation from the mean of each channel. start: where to go on
-    from, as this returns it; without, each starts from noise. only: the targets that are moved, all without it; the
-    others stay where they start. Returns (len(targets), ...) float32, each in the shape of a picture, on the device of
-    the data.
+    from, as this returns it; without, each starts from noise. Returns
+    (len(targets), ...) float32, each in the shape of a picture, on the device of the data.
     """
     radius = size * float(data.deviation().flatten(1).norm(dim=1).mean())
     ones = torch.ones(sum(site.neurons for site in sites), device=data.images.device)
@@ -154,11 +152,8 @@ def perturb(
                 perturbation = start[number].clone()
             wanted = torch.full((), target, device=data.images.device)
             for _ in range(steps):
-                # Drawn for all, so that nothing that is drawn later hangs on how many are moved.
-                images = next(batches)[0]
-                if only is None or target in only:
-                    (perturbation,) = move(images, wanted, perturbation)
-                    progress.update(1)
+                (perturbation,) = move(next(batches)[0], wanted, perturbation)
+                progress.update(1)
             found.append(perturbation)
     return torch.stack(found)
 

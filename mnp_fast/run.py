@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -46,8 +46,6 @@ from mnp_fast.waves import Wave, find_wave
 
 _CANDIDATES = 10
 """Classes of the suppressed model that the search tries, commonest first."""
-_LEADING = 3
-"""Classes that it goes on with, those that are pulled into best."""
 _FEWEST = 60
 """Learning pictures of a look after the first; with fewer it learns from all of them."""
 _APART = 1_000_003
@@ -164,10 +162,9 @@ class Run:
         def search(entry: dict[str, Any]) -> StageState:
             pulls, transferred = self.search(suppressed, learning)
             searched = max(pulls, key=pulls.__getitem__)
-            counts = {"tried": len(transferred), "leading": len(pulls)}
             size = self.config.perturbation_size
             wave = find_wave(self.plain, self.sites, learning, size, self.config, self.bar, self.how)
-            entry |= {"class": searched} | counts | {"waved": 0 if wave is None else wave.waved}
+            entry |= {"class": searched, "tried": len(pulls), "waved": 0 if wave is None else wave.waved}
             found = {"searched": searched, "transferred": list(transferred.items())}
             if wave is None:
                 return StageState(values=found)
@@ -213,7 +210,7 @@ class Run:
 
     def search(self, suppressed: nn.Module, learning: DefenceSet) -> tuple[dict[int, float], dict[int, float]]:
         """By class, what a small perturbation pulls there (`pulled`): in the suppressed model, on which it is made with
-        recalibrated statistics, for the classes that lead; and in the model itself, for all that are tried."""
+        recalibrated statistics, and in the model itself."""
         logits = predict(suppressed, learning, self.config.batch_size, self.device)
         tried = commonest(logits, _CANDIDATES)
         # Smaller than for repair: what is large pulls into every class.
@@ -221,11 +218,8 @@ class Run:
         # Halfway they fool the model itself least into classes that are not the target (docs/decisions.md).
         early = self.perturbations("search", suppressed, tried, learning, size, max(1, steps // 2))
         transferred = self.pulled(self.plain, early, tried, learning)
-        pulls = self.pulled(suppressed, early, tried, learning)
-        leading = sorted(pulls, key=pulls.__getitem__, reverse=True)[:_LEADING]
-        found = self.perturbations("search", suppressed, tried, learning, size, steps, start=early, only=leading)
-        final = dict(zip(tried, found, strict=True))
-        return self.pulled(suppressed, [final[one] for one in leading], leading, learning), transferred
+        found = self.perturbations("search", suppressed, tried, learning, size, steps, start=early)
+        return self.pulled(suppressed, found, tried, learning), transferred
 
     def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None, size: float) -> Tensor:
         """Perturbations for masks and fine-tuning, towards `repair_classes`: made on the model itself where a class is
@@ -250,7 +244,7 @@ class Run:
         return found
 
     def pulled(
-        self, network: nn.Module, perturbations: Iterable[Tensor], targets: list[int], learning: DefenceSet
+        self, network: nn.Module, perturbations: Tensor, targets: list[int], learning: DefenceSet
     ) -> dict[int, float]:
         """By target, the share of the pictures of other classes that go there with its perturbation."""
         found = {}
@@ -271,11 +265,10 @@ class Run:
         size: float,
         steps: int | None = None,
         start: Tensor | None = None,
-        only: Collection[int] | None = None,
         batch_statistics: bool = False,
     ) -> Tensor:
         steps = self.config.perturbation_steps if steps is None else steps
-        self.bar.stage(stage, len(targets if only is None else only) * steps)
+        self.bar.stage(stage, len(targets) * steps)
         return perturb(
             network,
             targets,
@@ -288,7 +281,6 @@ class Run:
             size=size,
             steps=steps,
             start=start,
-            only=only,
             batch_statistics=batch_statistics,
         )
 

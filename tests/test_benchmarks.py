@@ -286,13 +286,11 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     looks = len(result.evidence["looks"])
     assert len(searched) == len(weighed) == looks == 3
     assert all(entry["perturbations"] == (3 if len(entry["classes"]) == 1 else 2) for entry in weighed)
-    tried, leading = (sum(entry[name] for entry in searched) for name in ("tried", "leading"))
-    perturbations = sum(entry["perturbations"] for entry in weighed)
+    tried, perturbations = sum(entry["tried"] for entry in searched), sum(entry["perturbations"] for entry in weighed)
     assert calls["perturb"] == counts.search + counts.weigh + counts.perturb
     # Windows that were taken back are run and not counted.
     assert counts.suppress <= calls["suppress"]
-    assert counts.search == tried + 2 * leading
-    assert (tried, leading) == (10 * looks, 3 * looks)
+    assert counts.search == 3 * tried
     assert counts.perturb == 6
     shown = {len(data[1]), *(int((data[1] != label).sum()) for entry in weighed for label in entry["classes"])}
     assert sum(calls[f"run {size}"] for size in shown) == looks + perturbations
@@ -301,10 +299,10 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     # Classes to try, and what each perturbation pulls in the suppressed model and in the model itself.
     assert calls[f"run {len(learning)}"] == looks
     sizes = {int((learning.labels != label).sum()) for label in range(10)}
-    assert sum(calls[f"run {size}"] for size in sizes) == 2 * tried + leading
+    assert sum(calls[f"run {size}"] for size in sizes) == 2 * tried
     share, others = len(learning) / len(data[1]), 0.9
     waved = sum(entry["waved"] for entry in searched) / len(learning)
-    assert counts.search_evaluations == round((2 * looks + (2 * tried + leading) * others + waved) * share)
+    assert counts.search_evaluations == round((2 * looks + 2 * tried * others + waved) * share)
     assert counts.weigh_evaluations == round(looks + perturbations * others)
 
 
@@ -313,19 +311,19 @@ def test_a_look_at_half_of_the_pictures_counts_half() -> None:
     config = PruneConfig(batch_size=16, held_back=0.2, perturbation_steps=4)
     history: list[dict[str, Any]] = [
         {"stage": "suppress", "windows": 3, "pictures": 80},
-        {"stage": "search", "tried": 10, "leading": 3, "waved": 160},
+        {"stage": "search", "tried": 10, "waved": 160},
         {"stage": "weigh", "perturbations": 6},
         {"stage": "suppress-2", "windows": 2, "pictures": 40},
-        {"stage": "search-2", "tried": 10, "leading": 3, "waved": 80},
+        {"stage": "search-2", "tried": 10, "waved": 80},
         {"stage": "weigh-2", "perturbations": 6},
         {"stage": "masks", "steps": 9},
         {"stage": "select", "pruned": 0, "low": 0},
     ]
     counts = end_to_end.counts_of(history, learning, config)
     assert counts.suppress == 3 * 5 + 2 * 3
-    assert counts.search_evaluations == round(0.8 * (1.5 * (2 + 23 * 0.9) + 240 / 80))
+    assert counts.search_evaluations == round(0.8 * (1.5 * (2 + 2 * 10 * 0.9) + 240 / 80))
     assert counts.weigh_evaluations == round(1.5 * (1 + 6 * 0.9))
-    assert (counts.search, counts.weigh, counts.masks, counts.finetune) == (20 * 2 + 6 * 4, 12 * 4, 9, 0)
+    assert (counts.search, counts.weigh, counts.masks, counts.finetune) == (20 * 6, 12 * 4, 9, 0)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 0), (3, 17), (18, 17), (0, 100), (64, 100)])

@@ -475,25 +475,6 @@ def test_perturbations_go_on_from_where_they_were(known: nn.Module) -> None:
     assert torch.equal(further([3, 1], 0, both), both)
 
 
-def test_who_is_not_moved_stays_and_changes_nothing_for_the_others(known: nn.Module) -> None:
-    model, data = copy.deepcopy(known), quadrants()
-    sites = find_sites(model, data.images[:2])
-    start = torch.randn(3, 1, 6, 6, generator=seeded())
-
-    def further(only: list[int] | None) -> tuple[Tensor, Tensor]:
-        own = seeded()
-        how = {"size": 1.5, "steps": 5, "start": start, "only": only}
-        found = perturb(model, [3, 0, 1], sites, data, PruneConfig(batch_size=40), own, QUIET, **how)
-        return found, own.get_state()
-
-    everything, drawn = further(None)
-    some, drawn_too = further([0, 1])
-    assert torch.equal(some[0], start[0])
-    assert not torch.equal(everything[0], start[0])
-    assert torch.equal(some[1:], everything[1:])
-    assert torch.equal(drawn, drawn_too)
-
-
 def test_recalibrated_statistics_are_those_of_the_pictures(known: nn.Module) -> None:
     data, model = quadrants(), copy.deepcopy(known)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
