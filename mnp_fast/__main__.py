@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 
 import torch
@@ -16,7 +16,10 @@ from mnp_fast.ops import BACKENDS, cpu_backend, native, why_not
 _OP = "masked_affine"
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
+    if arguments:
+        print("python -m mnp_fast only tells what can run here; repair and scan with mnp-fast", file=sys.stderr)
+        return 2
     for title, section in (
         ("versions", _versions),
         ("devices", _devices),
@@ -86,7 +89,7 @@ def _settings() -> Iterator[str]:
 
 if __name__ == "__main__":
     try:
-        code = main()
+        code = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, head for one, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from mnp_fast.errors import ConfigError, ModelError
 from mnp_fast.io import fit_weights, strip_prefix
 
+_TRANSFORMING = ("googlenet", "inception_v3")
+"""torchvision's own weights of these, and what was trained from them, want pictures rescaled inside."""
 FORMS = "torchvision/NAME, timm/NAME or module.path:factory"
 
 
@@ -25,12 +27,15 @@ FORMS = "torchvision/NAME, timm/NAME or module.path:factory"
 class Preprocessing:
     """What a network expects: square pictures of `size` pixels, scaled to [0, 1], less `mean`, over `std`, per channel.
 
-    None: pictures are taken as they are.
+    None: pictures are taken as they are. margin: the shorter side is resized to this many times `size`, of which the
+    middle is taken. cubic: by bicubic interpolation, else bilinear.
     """
 
     size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    margin: float = 1.0
+    cubic: bool = False
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
@@ -54,6 +59,9 @@ def build(spec: str, num_classes: int | None = None) -> nn.Module:
         known = models.list_models(module=models)
         if name not in known:
             raise _unknown(spec, source, name, known)
+        if name in _TRANSFORMING:
+            # Their own way to draw fresh weights takes seconds, and weights are loaded next.
+            options |= {"transform_input": True, "init_weights": False}
         return models.get_model(name, weights=None, **options)
     if slash and source == "timm":
         timm = _timm()
@@ -86,10 +94,13 @@ def preprocessing(spec: str, model: nn.Module) -> Preprocessing:
     source, _, name = spec.partition("/")
     if source == "timm":
         config = _timm().data.resolve_model_data_config(model)
-        return Preprocessing(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+        cubic = config["interpolation"] == "bicubic"
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        return Preprocessing(config["input_size"][-1], mean, std, 1 / config["crop_pct"], cubic)
     if source == "torchvision":
         usual = _torchvision_models().get_model_weights(name).DEFAULT.transforms()
-        return Preprocessing(usual.crop_size[0], tuple(usual.mean), tuple(usual.std))
+        margin, cubic = usual.resize_size[0] / usual.crop_size[0], usual.interpolation.value == "bicubic"
+        return Preprocessing(usual.crop_size[0], tuple(usual.mean), tuple(usual.std), margin, cubic)
     return Preprocessing()
 
 
@@ -135,7 +146,7 @@ def _from_factory(spec: str, options: dict[str, Any]) -> nn.Module:
         sys.path.insert(0, here)
     try:
         factory = getattr(importlib.import_module(path), name)
-    except ImportError as error:
+    except (ImportError, SyntaxError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the module {path!r} of {spec!r} cannot be imported ({error}); "
             f"give a module that is installed or stands in {here}"
@@ -153,7 +164,10 @@ def _from_factory(spec: str, options: dict[str, Any]) -> nn.Module:
             f"the factory {spec!r} cannot be called as {name}({called}) ({error}); "
             "give one that needs nothing, and takes num_classes where a number of classes is given"
         ) from error
-    model = factory(**options)
+    try:
+        model = factory(**options)
+    except Exception as error:
+        raise ConfigError(f"the factory {spec!r} failed ({type(error).__name__}: {error}); mend it") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"the factory {spec!r} made a {type(model).__name__}; it must return a torch.nn.Module")
     return model

@@ -98,7 +98,7 @@ class Checkpoint:
 
     def _file(self, stage: str) -> Path:
         assert self._folder is not None
-        return self._folder / f"{stage}.safetensors"
+        return self._folder / f"stage-{stage}.safetensors"  # no name of a result, which may stand in the same folder
 
 
 def fingerprint(

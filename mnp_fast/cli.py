@@ -10,11 +10,13 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -24,12 +26,15 @@ from mnp_fast.data import DefenceSet, check_model
 from mnp_fast.device import compute_device
 from mnp_fast.errors import ConfigError, DataError, MnpFastError
 from mnp_fast.pictures import Pictures, read_pictures
+from mnp_fast.result import FILES, check_no_model
 
-OK, USAGE, EVIDENCE, INTERRUPTED = 0, 2, 3, 130
+OK, USAGE, EVIDENCE, SUSPICIOUS, INTERRUPTED = 0, 2, 3, 4, 130
 _ROWS_OF_SITES = 20
 _EPILOG = f"""exit codes:
   0    no evidence of a backdoor, or (prune) the model was repaired
   3    evidence of a backdoor, and (prune) nothing could be pruned
+  4    suspicious: less than evidence, and (prune) nothing could be pruned. A network without BatchNorm, or with fewer
+       than five classes, is never more than suspicious
   2    wrong usage or bad input
   130  interrupted
 
@@ -55,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = "nothing was written" if args.checkpoint is None else f"the same command goes on from {args.checkpoint}"
         print(f"mnp-fast: interrupted; {told}", file=sys.stderr)
         return INTERRUPTED
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of classes may be of any script
     if args.json:
         print(io.to_json(report))
     elif not args.quiet:
@@ -62,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out is not None:
             print(f"written to {args.out}")
     repaired = args.command == "prune" and any(result.pruned.values())
-    return EVIDENCE if result.verdict == detect.EVIDENCE and not repaired else OK
+    return OK if repaired else {detect.EVIDENCE: EVIDENCE, detect.SUSPICIOUS: SUSPICIOUS}.get(result.verdict, OK)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def _run(args: argparse.Namespace) -> tuple[Any, list[str] | None]:
     config = _config(args.config)
     pruning = args.command == "prune"
     if args.out is not None:
-        io.check_writable(args.out)
+        _check_out(args)
     given = _read(args)
     shared = {"device": given.device, "seed": args.seed, "progress": not args.quiet, "checkpoint": args.checkpoint}
     result: Any
@@ -88,9 +95,22 @@ def _run(args: argparse.Namespace) -> tuple[Any, list[str] | None]:
         result = mnp_fast.prune(given.model, given.clean, config, triggered_loader=given.triggered, **shared)
     else:
         result = mnp_fast.scan(given.model, given.clean, config, **shared)
+    if given.clean.names is not None:
+        result.run["class_names"] = given.clean.names
     if args.out is not None:
         result.save(args.out)
     return result, given.clean.names
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """ConfigError or FileError, before the long work, where --out would write over what is given or cannot be used."""
+    io.check_writable(args.out)
+    inputs = [path.resolve() for path in (args.weights, args.data, args.triggered) if path is not None]
+    lost = [name for name in FILES if (args.out / name).resolve() in inputs]
+    if lost:
+        raise ConfigError(f"--out {args.out} would write over {lost[0]}, which is an input; name another directory")
+    if args.command == "scan":
+        check_no_model(args.out)
 
 
 def _read(args: argparse.Namespace) -> _Input:
@@ -98,12 +118,14 @@ def _read(args: argparse.Namespace) -> _Input:
     weights = io.read_weights(args.weights)
     model = architectures.build_with_weights(args.arch, weights, args.classes)
     given = {name: value for name in ("size", "mean", "std") if (value := getattr(args, name)) is not None}
-    usual = architectures.preprocessing(args.arch, model)
+    if args.size is not None:
+        given["margin"] = 1.0  # the user's size is the whole of it
+    prepare = dataclasses.replace(architectures.preprocessing(args.arch, model), **given)
+    # Floating arrays may be normalised already, so the network's usual preprocessing is not for them.
+    floating = architectures.Preprocessing(**given)
 
     def pictures(path: Path) -> Pictures:
-        # Arrays may be normalised already, so the network's usual preprocessing is only for files of pictures.
-        prepare = dataclasses.replace(usual if path.is_dir() else architectures.Preprocessing(), **given)
-        found = read_pictures(path, prepare, args.batch_size)
+        found = read_pictures(path, prepare, args.batch_size, floating)
         _check_folder(found, model, path)
         return found if args.limit is None else found.limited(args.limit, args.seed)
 
@@ -224,7 +246,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
             nargs="+",
             metavar="X",
             help=f"{what} pictures in [0, 1], one value or one a channel "
-            "(default: the network's own for folders, none for .npz and factories)",
+            "(default: the network's own, none for floating arrays and factories)",
         )
     add("--config", action="append", default=[], metavar="NAME=VALUE", help="a field of PruneConfig; may be repeated")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -244,7 +266,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _show(result: Any, names: list[str] | None, console: Console) -> None:
     target = result.suspected_target
-    named = f" ({names[target]})" if names is not None and target is not None and target < len(names) else ""
+    named = ""
+    if names is not None and target is not None and target < len(names):
+        named = f" ({escape(names[target])})"
     facts = Table("", "", show_header=False, box=None)
     facts.add_row("verdict", result.verdict)
     facts.add_row("suspected target", "none" if target is None else f"{target}{named}")
@@ -261,7 +285,7 @@ def _show(result: Any, names: list[str] | None, console: Console) -> None:
     if pruned:
         sites = Table("site", "pruned", "neurons")
         for site, neurons in list(pruned.items())[:_ROWS_OF_SITES]:
-            sites.add_row(site, str(len(neurons)), str(len(result.masks[site])))
+            sites.add_row(escape(site), str(len(neurons)), str(len(result.masks[site])))
         if len(pruned) > _ROWS_OF_SITES:
             sites.add_row(f"and {len(pruned) - _ROWS_OF_SITES} more", "", "")
         console.print(sites)
@@ -270,3 +294,7 @@ def _show(result: Any, names: list[str] | None, console: Console) -> None:
         cells = [entry.get(key) for key in ("seconds", "loss", "accuracy")]
         stages.add_row(str(entry.get("stage")), *("" if cell is None else f"{cell:.3g}" for cell in cells))
     console.print(stages)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,17 +8,23 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from mnp_fast.errors import ConfigError, DataError, MnpFastError, ModelError
+from mnp_fast.sites import undisturbed
 
 # Below this the held-back part has a handful of pictures, and an accuracy measured on it says nothing.
 MIN_PICTURES = 20
 _KEYS = (("pixel_values", "images", "image"), ("labels", "label"))
+_LEAST_KAPPA = 0.2
+"""Agreement of answers and labels beyond chance that a model must show; "slight" ends here (Landis and Koch, 1977)."""
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +148,7 @@ def collect(
             used += x.nbytes
             if used > limit:
                 raise DataError(
-                    f"the {what} gives more than {limit / 2**30:.1f} GiB of images, half of this machine's memory, or "
+                    f"the {what} gives more than {limit / 2**30:.1f} GiB of images, a quarter of the memory here, or "
                     "never ends; a few hundred to a few thousand pictures are enough (torch.utils.data.Subset)"
                 )
             # Cloned: some loaders hand out the same buffer for every batch.
@@ -168,7 +174,8 @@ def check_model(model: nn.Module, data: DefenceSet) -> int:
     """Number of classes of `model`, after checking that it can be repaired with `data`. The model is not changed.
 
     A copy runs a few pictures in evaluation mode, on the model's own device.
-    ModelError: weights or buffers with NaN or Inf, an output that is not logits (b, classes >= 2) or not finite.
+    ModelError: weights or buffers with NaN or Inf, an output that is not logits (b, classes >= 2) or not finite, a
+    forward that runs the original whatever copy it is called on.
     DataError: the model cannot take the images, or a label is not one of its classes.
     """
     if not isinstance(model, nn.Module):
@@ -183,8 +190,11 @@ def check_model(model: nn.Module, data: DefenceSet) -> int:
         raise ModelError(
             f"the model cannot be copied ({_brief(error)}); remove hooks or attributes that copy.deepcopy cannot take"
         ) from error
+    run: set[int] = set()
+    noting = register_module_forward_pre_hook(lambda module, _: run.add(id(module)))
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        # The original's flags and buffers too, for a forward that runs it in place of its copy.
+        with undisturbed(model), torch.random.fork_rng(devices=[]), torch.no_grad():
             output = trial(images.to(own.device, own.dtype))
     except torch.OutOfMemoryError:
         raise
@@ -193,6 +203,14 @@ def check_model(model: nn.Module, data: DefenceSet) -> int:
             f"the model cannot take the loader's images, shape {tuple(images.shape[1:])} and {images.dtype} "
             f"({_brief(error)}); give images as in training, and a model that runs on one device in their dtype"
         ) from error
+    finally:
+        noting.remove()
+    bound = [path or "the model itself" for path, module in model.named_modules() if id(module) in run]
+    if bound:
+        raise ModelError(
+            f"a copy of the model runs the original ({', '.join(bound[:3])}), so that it cannot be repaired apart; "
+            "its forward is a lambda or a bound method that was set as an attribute: define it in the class"
+        )
     logits = logits_of(output)
     _check_logits(logits, len(images))
     classes = int(logits.shape[1])
@@ -203,6 +221,24 @@ def check_model(model: nn.Module, data: DefenceSet) -> int:
             "number the labels as in training, or give the right model"
         )
     return classes
+
+
+def check_answers(predicted: Tensor, labels: Tensor) -> float:
+    """Accuracy in [0, 1] of predicted classes (n,), int64 as the labels are.
+
+    DataError where they agree hardly better than by chance, by Cohen's kappa (1960): such pictures or labels are not
+    those that the model was trained with, and say nothing of it.
+    """
+    accuracy = float((predicted == labels).double().mean())
+    classes = int(max(predicted.max(), labels.max())) + 1
+    shares = [torch.bincount(answers, minlength=classes).double() / len(labels) for answers in (predicted, labels)]
+    chance = float((shares[0] * shares[1]).sum())
+    if accuracy - chance < _LEAST_KAPPA * (1 - chance):
+        raise DataError(
+            f"the model is right on {accuracy:.1%} of the loader's pictures, where chance would be on {chance:.1%}; "
+            "check that the classes are numbered as in training, size, mean and std of the pictures, and the weights"
+        )
+    return accuracy
 
 
 def floating_parameter(model: nn.Module) -> nn.Parameter | None:
@@ -352,16 +388,23 @@ def _check_logits(logits: Tensor, batch: int) -> None:
         raise ModelError(
             "the model's logits have NaN or Inf on clean images; check its weights and the images' normalisation"
         )
-    if bool((logits >= 0).all()) and bool((logits.double().sum(dim=1) - 1).abs().max() < 1e-4):
+    rounding = max(1e-4, torch.finfo(logits.dtype).eps)
+    if bool((logits >= 0).all()) and bool((logits.double().sum(dim=1) - 1).abs().max() < rounding):
         raise ModelError("the model gives probabilities, not logits; remove its last softmax")
 
 
 def _memory_limit() -> float:
-    """Half of the machine's memory in bytes, or no limit where the system does not tell."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-    except (AttributeError, OSError, ValueError):
-        return float("inf")
+    """A quarter of the memory of the machine or its container in bytes, or no limit where the system does not tell.
+
+    A quarter: pictures are held twice while batches are joined, and again when a part of them is held back.
+    """
+    found = []
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for file in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+            found.append(int(Path(file).read_text()))
+    return min(found, default=float("inf")) / 4
 
 
 def _brief(error: Exception) -> str:

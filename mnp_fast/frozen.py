@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mnp_fast.ops import winograd
+from mnp_fast.ops.differentiable import differentiable_once
 
 _FEW_POSITIONS = 196
 """Up to so many, 1x1 convolutions run as linear layers. bfloat16 on a Xeon with AMX: (4, 512, 7, 7) to 2048 channels
@@ -131,7 +131,7 @@ class _Convolution(torch.autograd.Function):
         return layer.run(x)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         return (ctx.layer.back(grad, ctx.shape) if ctx.needs_input_grad[0] else None), None
 
@@ -222,7 +222,7 @@ class _Linear(torch.autograd.Function):
         return layer.run(x)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         return (ctx.layer.back(grad) if ctx.needs_input_grad[0] else None), None
 
@@ -251,7 +251,7 @@ class _Attention(torch.autograd.Function):
         return torch.bmm(weights, v).view(shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         shape = grad.shape

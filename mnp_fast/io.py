@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -151,7 +152,8 @@ def save_files(
                 # safetensors makes its files readable to their owner alone, whatever the umask says.
                 shutil.copymode(work / REPORT, work / name)
                 _flush(work / name)
-            _place(work, folder, names)
+            with _alone(folder):
+                _place(work, folder, names)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -280,6 +282,18 @@ def _writing(folder: Path) -> Iterator[None]:
         raise FileError(
             f"{folder} cannot be written to ({cause}); name a directory with room that you may write to"
         ) from error
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other run puts its files into the folder; on a file system without locks it does not."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # the lock goes with it, also in a crash
 
 
 def _place(work: Path, folder: Path, names: list[str]) -> None:

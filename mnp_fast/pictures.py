@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import zipfile
 import zlib
@@ -71,14 +72,18 @@ class Pictures:
         return replace(self, index=[self.index[p] for p in places], labels=[self.labels[p] for p in places])
 
 
-def read_pictures(path: Path, prepare: Preprocessing, batch_size: int = 64) -> Pictures:
+def read_pictures(
+    path: Path, prepare: Preprocessing, batch_size: int = 64, floating: Preprocessing | None = None
+) -> Pictures:
     """Pictures of a folder with one subfolder a class, or of an .npz file. Folders are decoded as they are iterated.
 
     Folder: the class is the place of the subfolder's name among the sorted names ("10" before "2"), as in torchvision's
-    ImageFolder; a class without pictures needs an empty subfolder. Pictures become RGB in [0, 1]; where a size is given
-    the shorter side is resized to it and the centre cropped; then mean and std.
+    ImageFolder; a class without pictures needs an empty subfolder. Pictures, of 8 or 16 bits, become RGB in [0, 1];
+    where a size is given and they have another, the shorter side is resized to it, or by `margin` larger, and the
+    centre cropped; then mean and std.
     .npz: arrays x or images, and y or labels. 8-bit ones, (n, h, w, c), (n, c, h, w) or (n, h, w), are treated like a
-    folder's pictures; floating ones, (n, c, h, w), are taken as they are but for mean and std.
+    folder's pictures; floating ones, (n, c, h, w), may have been prepared already: `floating` is for them, by default
+    `prepare`, of which they get mean and std.
     FileError, DataError for what cannot be read.
     """
     if batch_size < 1:
@@ -89,7 +94,7 @@ def read_pictures(path: Path, prepare: Preprocessing, batch_size: int = 64) -> P
         raise FileError(f"{path} does not exist; give a folder with one subfolder a class, or an .npz file")
     if path.suffix != ".npz":
         raise FileError(f"{path} is neither a folder nor an .npz file; give one of these")
-    return _npz(path, prepare, batch_size)
+    return _npz(path, prepare, batch_size, prepare if floating is None else floating)
 
 
 def _folder(path: Path, prepare: Preprocessing, batch_size: int) -> Pictures:
@@ -109,8 +114,8 @@ def _folder(path: Path, prepare: Preprocessing, batch_size: int) -> Pictures:
         file = found[i][0]
         try:
             with Image.open(file) as picture:
-                return _prepared(picture.convert("RGB"), prepare)
-        except ConfigError:
+                return _prepared(_in_8_bits(picture), prepare)
+        except (ConfigError, DataError):
             raise
         except Exception as error:
             # Pillow answers damaged files with many types: OSError, SyntaxError, ValueError, DecompressionBombError.
@@ -119,7 +124,20 @@ def _folder(path: Path, prepare: Preprocessing, batch_size: int) -> Pictures:
     return Pictures(read, list(range(len(found))), [label for _, label in found], classes, batch_size)
 
 
-def _npz(path: Path, prepare: Preprocessing, batch_size: int) -> Pictures:
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """RGB of 8 bits. Pillow's own conversion takes numbers above 255 for white."""
+    # Older versions of Pillow open PNGs of 16 bits as I.
+    if picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG"):
+        return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise DataError(
+            f"{getattr(picture, 'filename', 'a picture')} has numbers of 32 bits (mode {picture.mode}), whose white is "
+            "not known; give pictures of 8 or 16 bits"
+        )
+    return picture.convert("RGB")
+
+
+def _npz(path: Path, prepare: Preprocessing, batch_size: int, floating: Preprocessing) -> Pictures:
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = _array(archive, path, ("x", "images")), _array(archive, path, ("y", "labels"))
@@ -138,7 +156,7 @@ def _npz(path: Path, prepare: Preprocessing, batch_size: int) -> Pictures:
             f"the pictures of {path} are {images.dtype} {images.shape}; "
             "give 8-bit (n, h, w, c) or floating (n, c, h, w) ones"
         )
-    elif prepare.size is not None and images.shape[2:] != (prepare.size, prepare.size):
+    elif floating.size is not None and images.shape[2:] != (floating.size, floating.size):
         raise ConfigError(
             f"the pictures of {path} are floating, {images.shape}; only 8-bit ones can be resized to --size"
         )
@@ -147,7 +165,7 @@ def _npz(path: Path, prepare: Preprocessing, batch_size: int) -> Pictures:
         if images.dtype == np.uint8:
             array = images[i]
             return _prepared(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), prepare)
-        return _normalised(torch.from_numpy(images[i].copy()), prepare)
+        return _normalised(torch.from_numpy(images[i].copy()), floating)
 
     return Pictures(read, list(range(len(labels))), labels.astype(np.int64).tolist(), None, batch_size)
 
@@ -171,10 +189,12 @@ def _channels_last(images: np.ndarray, path: Path) -> np.ndarray:
 
 def _prepared(picture: Image.Image, prepare: Preprocessing) -> Tensor:
     if prepare.size is not None and picture.size != (prepare.size, prepare.size):
-        scale = prepare.size / min(picture.size)
-        width, height = (max(prepare.size, round(side * scale)) for side in picture.size)
+        # Rounded down as timm does; 1e-6 for a margin that is a rounded quotient.
+        shorter = math.floor(prepare.size * prepare.margin + 1e-6)
+        width, height = (max(prepare.size, round(side * shorter / min(picture.size))) for side in picture.size)
         left, top = (width - prepare.size) // 2, (height - prepare.size) // 2
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        way = Image.Resampling.BICUBIC if prepare.cubic else Image.Resampling.BILINEAR
+        picture = picture.resize((width, height), way)
         picture = picture.crop((left, top, left + prepare.size, top + prepare.size))
     array = np.asarray(picture, dtype=np.float32) / 255
     planes = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

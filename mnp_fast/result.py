@@ -15,6 +15,9 @@ from mnp_fast.errors import FileError
 from mnp_fast.report import html
 
 _PAGE = "report.html"
+_TENSORS = ("model", "masks")
+FILES = (*(f"{name}.safetensors" for name in _TENSORS), io.REPORT, _PAGE)
+"""What a saved result is."""
 
 
 @dataclass
@@ -43,8 +46,16 @@ class ScanResult:
         }
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write report.json and report.html, both or none. FileError if that cannot be done."""
+        """Write report.json and report.html, both or none. FileError if that cannot be done, or where a repaired model
+        stands there, which this report is not of."""
+        check_no_model(directory)
         io.save_files(directory, tensors={}, report=self.report(), texts={_PAGE: html(self.report(), {})})
+
+
+def check_no_model(directory: str | os.PathLike[str]) -> None:
+    """FileError where a `PruneResult` was saved: the report of a scan would stand beside another run's model."""
+    if all((Path(directory) / name).exists() for name in FILES):
+        raise FileError(f"{directory} holds a repaired model and its report; name another directory for a scan")
 
 
 @dataclass
@@ -88,7 +99,7 @@ class PruneResult:
         """Write model.safetensors, masks.safetensors, report.json and report.html, all or none; else FileError."""
         if self.model is None:
             raise FileError("this result was loaded without a model; pass one to PruneResult.load to save it again")
-        tensors = {"model": io.model_tensors(self.model), "masks": self.masks}
+        tensors = dict(zip(_TENSORS, (io.model_tensors(self.model), self.masks), strict=True))
         io.save_files(directory, tensors=tensors, report=self.report(), texts={_PAGE: html(self.report(), self.masks)})
 
     @classmethod

@@ -48,7 +48,7 @@ def up_to(whole: Path, count: int, folder: Path) -> Path:
     """As it was when ``count`` stages had ended."""
     folder.mkdir(exist_ok=True)
     for name in NAMES[:count]:
-        shutil.copy(whole / f"{name}.safetensors", folder)
+        shutil.copy(whole / f"stage-{name}.safetensors", folder)
     return folder
 
 
@@ -60,7 +60,7 @@ def stages(result: Any) -> list[str]:
 def test_a_checkpoint_changes_nothing(model: nn.Module, usual: PruneResult, tmp_path: Path) -> None:
     result = run(model, checkpoint=tmp_path)
     assert same(result, usual)
-    assert sorted(file.stem for file in tmp_path.iterdir()) == sorted(NAMES)
+    assert sorted(file.stem for file in tmp_path.iterdir()) == sorted(f"stage-{name}" for name in NAMES)
 
 
 @pytest.mark.parametrize("count", range(len(NAMES) + 1))
@@ -95,7 +95,7 @@ def test_goes_on_after_an_interrupt_anywhere(
         with pytest.raises(KeyboardInterrupt):
             run(model, checkpoint=folder)
         left = {file.name for file in folder.glob("*")}
-        assert left <= {f"{name}.safetensors" for name in NAMES}  # nothing half written
+        assert left <= {f"stage-{name}.safetensors" for name in NAMES}  # nothing half written
         batches.last = 0
         assert same(run(model, checkpoint=folder), usual)
 
@@ -213,11 +213,11 @@ def test_another_version_is_refused(model: nn.Module, whole: Path, monkeypatch: 
 # ---------------------------------------------------------------- files
 def test_a_damaged_file_is_refused(model: nn.Module, whole: Path, tmp_path: Path) -> None:
     folder = up_to(whole, 2, tmp_path)
-    file = folder / "search.safetensors"
+    file = folder / "stage-search.safetensors"
     content = file.read_bytes()
     for damaged in (b"", content[:100], content[:-1], b"x" * len(content)):
         file.write_bytes(damaged)
-        with pytest.raises(FileError, match=r"search.safetensors is damaged.* delete it"):
+        with pytest.raises(FileError, match=r"stage-search.safetensors is damaged.* delete it"):
             run(model, checkpoint=folder)
 
 
@@ -237,7 +237,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatc
     monkeypatch.setattr("mnp_fast.io.save_file", fails)
     with pytest.raises(FileError, match="No space left"):
         kept.write("one", StageState({"a": torch.arange(4)}))
-    assert [file.name for file in tmp_path.iterdir()] == ["one.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["stage-one.safetensors"]
     found = kept.read("one")
     assert found is not None
     assert found.tensors["a"].tolist() == [0, 1, 2]

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mnp_fast.architectures import Preprocessing, build, build_with_weights, pre
 from mnp_fast.data import check_model, collect
 from mnp_fast.errors import ConfigError, DataError, FileError, ModelError
 from mnp_fast.pictures import read_pictures
+from mnp_fast.result import FILES
 
 FACTORY = """
 from torch import nn
@@ -37,6 +39,8 @@ def sized(num_classes=10):
     return nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.ReLU(), nn.Linear(6, num_classes))
 def no_network():
     return [1]
+def fails():
+    raise KeyError("lost")
 """
 COLOURS = {"blue": (20, 30, 220), "green": (20, 210, 40), "red": (230, 20, 30)}
 
@@ -133,10 +137,12 @@ def words(command: str = "prune", *extra: str, **changes: str) -> list[str]:
 EVIDENT = detect.EVIDENCE
 CODES = [
     ("prune", FakeResult(), 0),
-    ("prune", FakeResult("suspicious", 1), 0),
+    ("prune", FakeResult("suspicious", 1), 4),
+    ("prune", FakeResult("suspicious", 1, {"1": [2]}), 0),
     ("prune", FakeResult(EVIDENT, 1, {"1": [2, 5], "4": []}), 0),
     ("prune", FakeResult(EVIDENT, 1, {"1": []}), 3),
-    ("scan", FakeResult("suspicious", 1), 0),
+    ("scan", FakeResult("suspicious", 1), 4),
+    ("scan", FakeResult(), 0),
     ("scan", FakeResult(EVIDENT, 1), 3),
     ("prune", KeyboardInterrupt(), 130),
     ("scan", ModelError("the model has no prunable site; give another"), 2),
@@ -302,6 +308,9 @@ BAD = [
     ({"arch": "nowhere_of_test:net"}, [], "cannot be imported"),
     ({"arch": "nets_of_test:not_callable"}, [], "not a function"),
     ({"arch": "nets_of_test:no_network"}, [], "made a list; it must return a torch.nn.Module"),
+    ({"arch": "nets_of_test:fails"}, [], "failed (KeyError: 'lost')"),
+    ({"arch": ":fixed"}, [], "cannot be imported"),
+    ({"arch": ".nets_of_test:fixed"}, [], "cannot be imported"),
     ({"classes": "5"}, [], "cannot be called as fixed(num_classes=5)"),
     ({"classes": "1"}, [], "needs at least 2"),
     ({"out": "w.safetensors"}, [], "cannot be written to"),
@@ -395,12 +404,15 @@ def test_torchvision_and_timm_networks_are_made_without_their_weights(monkeypatc
     monkeypatch.setattr(torch.hub, "download_url_to_file", refused)
     net = build("torchvision/resnet18", 7)
     assert net.fc.out_features == 7
-    assert preprocessing("torchvision/resnet18", net) == Preprocessing(
-        224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    )
+    usual = preprocessing("torchvision/resnet18", net)
+    assert usual == Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 256 / 224)
+    assert preprocessing("torchvision/efficientnet_b0", net).cubic
+    # As torchvision makes them with its own weights, which nobody asks for here.
+    assert build("torchvision/googlenet", 5).transform_input
     net = build("timm/test_vit.r160_in1k", 5)
     assert net.num_classes == 5
-    assert preprocessing("timm/test_vit.r160_in1k", build("timm/test_vit.r160_in1k")).size == 160
+    usual = preprocessing("timm/test_vit.r160_in1k", build("timm/test_vit.r160_in1k"))
+    assert (usual.size, usual.margin, usual.cubic) == (160, 1 / 0.95, True)
     weights = build("torchvision/mobilenet_v3_small", 9).state_dict()
     assert build_with_weights("torchvision/mobilenet_v3_small", weights).classifier[3].out_features == 9
     with pytest.raises(FileError, match="do not fit"):
@@ -474,3 +486,86 @@ def test_limits_are_shared_among_classes_and_follow_the_seed(here: Path) -> None
     assert some.index == whole.limited(7, seed=1).index
     assert some.index != whole.limited(7, seed=2).index
     assert len(whole.limited(1000, seed=1)) == 60
+
+
+def test_an_input_is_not_written_over(here: Path, core: Core, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "own").mkdir()
+    weights = here / "own" / "model.safetensors"
+    weights.write_bytes((here / "w.safetensors").read_bytes())
+    assert cli.main(words("prune", weights="own/model.safetensors", out=str(here / "own"))) == 2
+    assert "would write over model.safetensors, which is an input" in capsys.readouterr().err
+    assert weights.read_bytes() == (here / "w.safetensors").read_bytes()
+    assert core.given == {}
+
+
+def test_a_scan_is_not_written_beside_a_repaired_model(
+    here: Path, core: Core, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in FILES:
+        (here / name).touch()
+    assert cli.main(words("scan", "--out", str(here))) == 2
+    assert "holds a repaired model" in capsys.readouterr().err
+    assert core.given == {}
+    (here / "masks.safetensors").unlink()
+    assert cli.main(words("scan", "--out", str(here))) == 0
+
+
+def test_names_of_classes_may_be_anything(here: Path, core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "data" / "green").rename(here / "data" / "grün [bold]")
+    core.result = FakeResult(EVIDENT, 1)
+    out = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(words("scan")) == 3
+    out.flush()
+    assert rb"1 (gr\xfcn [bold])" in out.buffer.getvalue()  # type: ignore[attr-defined]
+    assert core.result.run["class_names"] == ["blue", "grün [bold]", "red"]
+
+
+@pytest.mark.parametrize("floating", [False, True])
+def test_the_usual_preprocessing_is_for_pictures_of_8_bits(
+    here: Path, core: Core, monkeypatch: pytest.MonkeyPatch, floating: bool
+) -> None:
+    """Folders and 8-bit arrays alike; floating arrays may have had it."""
+    with np.load(here / "data.npz") as archive:
+        images, labels = archive["x"], archive["y"]
+    plain = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    if floating:
+        np.savez(here / "data.npz", x=plain.numpy(), y=labels)
+    monkeypatch.setattr(architectures, "preprocessing", lambda *_: Preprocessing(None, (0.5,), (0.25,)))
+    assert cli.main(words("scan", data="data.npz")) == 0
+    torch.testing.assert_close(core.given["data"].images, plain if floating else (plain - 0.5) / 0.25)
+    assert cli.main(words("scan", "--mean", "0.1", data="data.npz")) == 0
+    torch.testing.assert_close(core.given["data"].images, plain - 0.1 if floating else (plain - 0.1) / 0.25)
+
+
+def test_a_network_takes_the_middle_of_a_larger_picture(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    array = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(array).save(tmp_path / "a" / "1.png")
+    for cubic, way in ((False, Image.Resampling.BILINEAR), (True, Image.Resampling.BICUBIC)):
+        ((images, _),) = read_pictures(tmp_path, Preprocessing(18, margin=1 / 0.9, cubic=cubic))
+        expected = np.asarray(Image.fromarray(array).resize((30, 20), way).crop((6, 1, 24, 19)))
+        assert np.array_equal((images[0] * 255).round().numpy(), expected.transpose(2, 0, 1))
+    ((images, _),) = read_pictures(tmp_path, Preprocessing(40, margin=1.5))
+    assert images.shape == (1, 3, 40, 40)
+
+
+def test_pictures_of_16_bits_keep_their_greys(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "a" / "1.png")
+    Image.fromarray(ramp).save(tmp_path / "a" / "2.tiff")
+    ((images, _),) = read_pictures(tmp_path, Preprocessing())
+    assert torch.equal((images * 255).round(), torch.arange(256.0).view(1, 1, 16, 16).expand(2, 3, 16, 16))
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "a" / "3.tiff")
+    with pytest.raises(DataError, match=r"3.tiff has numbers of 32 bits .* give pictures of 8 or 16 bits"):
+        list(read_pictures(tmp_path, Preprocessing()))
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "code"), [("mnp_fast.cli", ["scan"], 2), ("mnp_fast", ["scan"], 2), ("mnp_fast.cli", ["-h"], 0)]
+)
+def test_modules_run_as_programs_never_pass_a_model_by(module: str, argv: list[str], code: int) -> None:
+    done = subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr if code else done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import UserDict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mnp_fast.data import MIN_PICTURES, DefenceSet, check_model, collect, logits_of
+from mnp_fast.data import MIN_PICTURES, DefenceSet, _memory_limit, check_answers, check_model, collect, logits_of
 from mnp_fast.errors import ConfigError, DataError, MnpFastError, ModelError
 
 
@@ -302,3 +303,61 @@ def test_dealt_parts(n: int, count: int) -> None:
         share = [int((labels[part] == label).sum()) for part in parts]
         assert max(share) - min(share) <= 1
     assert len(data.joined(data.subset(parts[0]))) == n + len(parts[0])
+
+
+# ---------------------------------------------------------------- what the model makes of the pictures
+def test_answers_must_agree_with_the_labels() -> None:
+    labels = torch.arange(100) % 10
+    assert check_answers(labels, labels) == 1.0
+    half = torch.where(torch.arange(100) < 50, labels, (labels + 1) % 10)
+    assert check_answers(half, labels) == 0.5
+    for wrong in ((labels + 1) % 10, torch.zeros_like(labels), torch.arange(100) // 10):
+        with pytest.raises(DataError, match=r"where chance would be .*check that the classes are numbered"):
+            check_answers(wrong, labels)
+
+
+def test_answers_to_pictures_of_nearly_one_class() -> None:
+    labels = torch.zeros(100, dtype=torch.int64)
+    labels[:6] = 1
+    mostly = labels.clone()
+    mostly[:3] = 0
+    assert check_answers(mostly, labels) == pytest.approx(0.97)
+    with pytest.raises(DataError, match=r"right on 94.0% .* chance would be on 94.0%"):
+        check_answers(torch.zeros_like(labels), labels)
+
+
+@pytest.mark.parametrize("limit", ["100000", "max"])
+def test_the_memory_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str) -> None:
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    monkeypatch.setattr("mnp_fast.data._CONTAINER_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}[name])
+    assert _memory_limit() == (25000 if limit == "100000" else 1024000)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_forward_that_is_bound_to_the_original_is_refused_and_changes_nothing(train: bool) -> None:
+    class Held(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+            self.call = lambda x: net(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.call(x)
+
+    model = small_net().train(train)
+    inner = model.forward
+    model.forward = lambda x: inner(x)  # type: ignore[method-assign]
+    for bound in (model, Held(small_net().train(train)).train(train)):
+        before = {name: value.clone() for name, value in bound.state_dict().items()}
+        with pytest.raises(ModelError, match="a copy of the model runs the original"):
+            check_model(bound, DefenceSet(X, Y))
+        assert all(torch.equal(value, before[name]) for name, value in bound.state_dict().items())
+        assert bound.training == train
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_probabilities_of_any_precision_are_refused(dtype: torch.dtype) -> None:
+    model = nn.Sequential(small_net(), nn.Softmax(1)).to(dtype)
+    with pytest.raises(ModelError, match="remove its last softmax"):
+        check_model(model, DefenceSet(X, Y))

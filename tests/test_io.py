@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +275,16 @@ def test_a_directory_without_a_report_is_named(tmp_path: Path) -> None:
 def test_json_is_strict() -> None:
     value = {"a": (torch.tensor(1.5), float("inf")), "p": Path("x"), 3: True, "n": None}
     assert json.loads(io.to_json(value)) == {"a": [1.5, None], "p": "x", "3": True, "n": None}
+
+
+def test_one_run_after_the_other_puts_its_files_into_a_folder(tmp_path: Path) -> None:
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    save = threading.Thread(target=io.save_files, args=(tmp_path,), kwargs={"tensors": {}, "report": {"a": 1}})
+    save.start()
+    save.join(0.3)
+    waited = save.is_alive() and not (tmp_path / "report.json").exists()
+    os.close(handle)
+    save.join(10)
+    assert waited
+    assert io.read_report(tmp_path)["a"] == 1

@@ -45,7 +45,7 @@ def test_goes_on_past_what_is_broken(monkeypatch, capsys):
         raise OSError("no such thing")
 
     monkeypatch.setattr(diagnosis, "why_not", broken)
-    assert diagnosis.main() == 0
+    assert diagnosis.main([]) == 0
     printed = capsys.readouterr().out
     assert "cannot be told: OSError: no such thing" in printed
     assert "MNP_FAST_BACKEND" in printed
@@ -60,5 +60,5 @@ def test_says_what_is_not_built(monkeypatch, capsys, info):
     else:
         monkeypatch.setattr(native, "info_module", lambda: None)
     monkeypatch.setattr(diagnosis.cpu_backend, "usable_isas", lambda: ["scalar"])
-    assert diagnosis.main() == 0
+    assert diagnosis.main([]) == 0
     assert ("no nvcc was found" if info else "is not built") in capsys.readouterr().out

@@ -1048,3 +1048,34 @@ def test_where_a_wave_is_suspected_it_is_what_is_repaired_with(
     perturbations, count = asked["learn_masks"][2], SHORT.perturbations
     assert [torch.equal(one, picture) for one in perturbations] == [False] * count + [True] * (count if target else 0)
     assert asked["finetune_"][4] is perturbations
+
+
+# ---------------------------------------------------------------- what says nothing of the model
+def test_wrong_labels_are_refused_and_accuracy_is_told(model: nn.Module, usual: PruneResult) -> None:
+    images, labels = batch()
+    assert usual.run["accuracy"] == float((model(images).argmax(1) == labels).double().mean())
+    for call in (mnp_fast.prune, mnp_fast.scan):
+        with pytest.raises(DataError, match=r"the model is right on .*numbered as in training"):
+            call(model, [(images, (labels + 1) % 4)], SHORT, progress=False)
+
+
+class Cut(nn.Module):
+    """Its backbone takes no gradient."""
+
+    def __init__(self, inner: nn.Module, how: str) -> None:
+        super().__init__()
+        self.inner, self.how = inner, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "detach":
+            return self.inner(x).detach() * 1.0
+        if bool(x.isnan().any()):  # cannot be captured: a captured trace has no such block
+            return x
+        with torch.no_grad():
+            return self.inner(x)
+
+
+@pytest.mark.parametrize("how", ["detach", "no_grad"])
+def test_a_model_that_cuts_the_gradient_is_refused(model: nn.Module, how: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot be differentiated .*without no_grad or detach"):
+        run(Cut(model, how))

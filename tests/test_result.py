@@ -195,3 +195,11 @@ def test_the_report_of_a_scan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="the report of a scan") as caught:
         PruneResult.load(tmp_path)
     assert isinstance(caught.value, MnpFastError)
+
+
+def test_a_scan_is_not_saved_beside_a_repaired_model(result: PruneResult, saved: Path) -> None:
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    found = scan(taught(small()), loader(), ALWAYS, progress=False)
+    with pytest.raises(FileError, match="holds a repaired model"):
+        found.save(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before

@@ -133,6 +133,17 @@ struct Relu {
   }
 };
 
+template <class F, class V>
+MNP_ALWAYS_INLINE V through(const F&, V /*x*/, V slope, V grad) {
+  return slope * grad;
+}
+
+// Chosen, not multiplied: behind a closed relu infinity and NaN are zero too, as torch has it.
+template <class V>
+MNP_ALWAYS_INLINE V through(const Relu&, V x, V /*slope*/, V grad) {
+  return grad.where_positive(x);
+}
+
 template <class F, class T, class Channels>
 void forward_run(const F& f, const Rows& rows, int64_t start, const T* x, T* y, Channels mask, int64_t n) {
   for_vectors<WideVec>(rows, start, n, [=](int64_t i, auto lanes) {
@@ -161,9 +172,9 @@ struct Streams {
 // One vector of numbers at offset i; returns total + grad*act(x).
 template <class F, class T, class Lanes, class Mask, class Total>
 MNP_ALWAYS_INLINE Total backward_one(const F& f, const Streams<T>& t, int64_t i, Lanes lanes, Mask mask, Total total) {
-  const auto g = lanes.take(t.grad + i);
-  const auto value = f.at(lanes.take(t.x + i));
-  if (t.grad_x != nullptr) lanes.store(mask * (value.slope * g), t.grad_x + i);
+  const auto g = lanes.take(t.grad + i), x = lanes.take(t.x + i);
+  const auto value = f.at(x);
+  if (t.grad_x != nullptr) lanes.store(mask * through(f, x, value.slope, g), t.grad_x + i);
   return fma(g, value.act, total);
 }
 

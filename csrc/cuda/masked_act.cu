@@ -109,7 +109,9 @@ struct Backward {
     for (int k = 0; k < V; ++k) {
       const float g = widen(found.grad.v[k]);
       const Value value = value_of<kAct>(widen(found.x.v[k]));
-      out.v[k] = narrow<T>(at(k) * (value.slope * g));
+      // Chosen, not multiplied: behind a closed relu infinity and NaN are zero too, as torch has it.
+      const float through = kAct == Act::relu && value.slope == 0.0f ? 0.0f : value.slope * g;
+      out.v[k] = narrow<T>(at(k) * through);
       float* sum = sums(k);
       sum[0] = fmaf(g, value.act, sum[0]);
     }

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd.function import once_differentiable
 
 from mnp_fast import workers
 from mnp_fast.ops import samples
+from mnp_fast.ops.differentiable import differentiable_once
 
 
 def products_in(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:
@@ -85,7 +85,7 @@ class _Apart(torch.autograd.Function):
         return torch.cat([logits.detach() for logits, _ in ctx.parts])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
         parts, ctx.parts = ctx.parts, None
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mnp_fast.frozen import FrozenConv2d
 from mnp_fast.graph.layers import Affine
 from mnp_fast.ops import op_masked_affine
+from mnp_fast.ops.differentiable import differentiable_once
 from mnp_fast.ops.samples import sink_of
 
 
@@ -161,7 +161,7 @@ class _Run(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         region, saved = ctx.region, ctx.saved_tensors
         masks, signs = saved[: len(region.links)], saved[len(region.links) :]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from mnp_fast.errors import BackendError
+from mnp_fast.ops.differentiable import differentiable_once
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -37,7 +37,7 @@ def short_way(
     function = type(
         forward.__module__.rpartition(".")[2],
         (torch.autograd.Function,),
-        {"forward": staticmethod(run_and_save), "backward": staticmethod(once_differentiable(backward))},
+        {"forward": staticmethod(run_and_save), "backward": staticmethod(differentiable_once(backward))},
     )
 
     def call(*args: Any) -> Any:

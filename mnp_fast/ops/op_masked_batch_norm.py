@@ -215,7 +215,7 @@ def _check(
     names = ("mask", "weight", "bias", "mean", "rstd")[: len(vectors)]
     check_tensors("masked_batch_norm", x, names, vectors, others, 1)
     x, layout = dense(x, 1)
-    if layout.n * layout.s == 1:
+    if layout.c and layout.n * layout.s == 1:
         raise BackendError(
             f"masked_batch_norm: x of shape {tuple(x.shape)} has one value a channel, which has no variance: give it "
             f"two samples or more, or use masked_affine with the running statistics"

@@ -92,7 +92,9 @@ def backward_tile(
     g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
     act, slope = activation(tl.load(x + offset, mask=inside, other=0.0).to(tl.float32), ACT)
     if NEED_X:
-        tl.store(grad_x + offset, (m * (slope * g)).to(grad_x.dtype.element_ty), mask=inside)
+        # Chosen, not multiplied: behind a closed relu infinity and NaN are zero too, as torch has it.
+        through = tl.where(slope == 0.0, 0.0, g) if ACT == "relu" else slope * g
+        tl.store(grad_x + offset, (m * through).to(grad_x.dtype.element_ty), mask=inside)
     return g * act
 
 

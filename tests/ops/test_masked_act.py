@@ -82,6 +82,19 @@ def test_not_finite_numbers(provider, dtype, act):
             assert BACKWARD(ones.view(1, 3, 1)[:, :1], full, ones[:1], -1, act, True)[1].isnan().all()
 
 
+@pytest.mark.parametrize(("provider", "dtype"), ALL_PROVIDERS)
+def test_a_closed_relu_lets_no_gradient_through_whatever_it_is(provider, dtype):
+    x = torch.tensor([-1.0, 0.0, 2.0]).repeat_interleave(13).to(dtype).to(provider.device)
+    grad = torch.full_like(x, torch.inf)
+    grad[1::2] = torch.nan
+    with provider.force():
+        grad_x, _ = BACKWARD(grad.view(1, -1, 1), x.view(1, -1, 1), torch.ones(39, device=x.device), 1, "relu", True)
+        last, _ = BACKWARD(grad.view(1, -1), x.view(1, -1), torch.ones(39, device=x.device), 1, "relu", True)
+    for found in (grad_x.flatten(), last.flatten()):
+        assert torch.equal(found[:26], torch.zeros_like(found[:26]))
+        torch.testing.assert_close(found[26:], grad[26:], equal_nan=True)
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.memory != "strided"], ids=case_id)
 @pytest.mark.parametrize(("provider", "dtype"), FLOAT32_PROVIDERS)
 def test_memory_order_follows_x(provider, dtype, case):
@@ -214,12 +227,15 @@ def test_backward_op_gives_sums_of_each_sample(provider, dtype, act):
     torch.testing.assert_close(sums, (inputs.grad * PLAIN[act](inputs.x)).sum(1), rtol=1e-5, atol=1e-5)
 
 
-def test_second_derivative_is_an_error_not_a_zero():
+@pytest.mark.parametrize("last", [torch.square, torch.clone], ids=["of the gradient too", "of a constant gradient"])
+def test_second_derivative_is_an_error_not_a_zero(last):
     inputs = make_inputs(Case((2, 3, 4)), torch.float32)
-    mask = inputs.mask.requires_grad_()
-    (gradient,) = torch.autograd.grad(masked_act(inputs.x, mask, act="gelu").square().sum(), mask, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    x, mask = inputs.x.requires_grad_(), inputs.mask.requires_grad_()
+    y = masked_act(x, mask, act="gelu")
+    gradients = torch.autograd.grad(last(y).sum(), (x, mask), create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (gradient.sum() + mask.sum()).backward(retain_graph=True)
 
 
 @pytest.mark.parametrize(

@@ -266,13 +266,15 @@ def test_signs_are_kept_of_what_the_relu_lets_through():
         assert found[1].flatten().tolist() == [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0] * 4
 
 
-def test_second_derivative_is_an_error_not_a_zero():
+@pytest.mark.parametrize("last", [torch.square, torch.clone], ids=["of the gradient too", "of a constant gradient"])
+def test_second_derivative_is_an_error_not_a_zero(last):
     inputs = make_inputs(Case((2, 3, 4)), torch.float32)
-    mask = inputs.vectors[0].requires_grad_()
-    y = masked_affine(inputs.x, mask, *inputs.vectors[1:])
-    (gradient,) = torch.autograd.grad(y.square().sum(), mask, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    x, mask = inputs.x.requires_grad_(), inputs.vectors[0].requires_grad_()
+    y = masked_affine(x, mask, *inputs.vectors[1:])
+    gradients = torch.autograd.grad(last(y).sum(), (x, mask), create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (gradient.sum() + mask.sum()).backward(retain_graph=True)
 
 
 @pytest.mark.parametrize(
