@@ -26,7 +26,7 @@ def channel_magnitude(weights: Sequence[Tensor]) -> Tensor:
 
     Returns:
         float32, (3, R), with the rows of all tensors one after the other: L1 norms, L2 norms, largest absolute values.
-        Without gradient.
+        Without gradient. In Triton it cannot be captured in a CUDA graph: the table of tensors is copied to the device.
 
     Raises:
         BackendError: arguments that do not fit, or a forced backend that cannot run.

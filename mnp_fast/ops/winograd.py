@@ -2,7 +2,8 @@
 
 36 multiplications where the plain sum takes 144: 1.6 to 2.6 times as fast as oneDNN's convolution on the layers of
 ResNet-50 (docs/decisions.md). Errors are those of float32 with five times as many roundings: 1e-6 to 3e-6 of the result
-in L2 against 2e-7 to 8e-7. Without autograd: `mnp_fast.frozen` has the gradient, which is such a convolution again.
+in L2 against 2e-7 to 8e-7. NaN and infinities spread over the 4x4 results that
+share a tile. Without autograd: `mnp_fast.frozen` has the gradient, which is such a convolution again.
 """
 
 from __future__ import annotations
