@@ -274,6 +274,8 @@ def _show(result: Any, names: list[str] | None, console: Console) -> None:
     facts.add_row("suspected target", "none" if target is None else f"{target}{named}")
     looks = len(result.evidence["looks"])
     facts.add_row("score", f"{result.evidence['score']:.2f} ({looks} look{'s' if looks > 1 else ''})")
+    if "accuracy" in result.run:
+        facts.add_row("accuracy on the pictures", f"{result.run['accuracy']:.4g}")
     for name, value in getattr(result, "metrics", {}).items():
         if value is None or isinstance(value, (int, float, str)):
             facts.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))

@@ -86,7 +86,7 @@ class FakeResult:
     pruned: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     masks: dict[str, Tensor] = dataclasses.field(default_factory=lambda: {"1": torch.ones(8)})
     metrics: dict[str, Any] = dataclasses.field(default_factory=lambda: {"clean_accuracy_before": 0.912, "asr": None})
-    run: dict[str, Any] = dataclasses.field(default_factory=lambda: {"repair_strength": 0.429})
+    run: dict[str, Any] = dataclasses.field(default_factory=lambda: {"repair_strength": 0.429, "accuracy": 0.8642})
     evidence: dict[str, Any] = dataclasses.field(default_factory=lambda: {"score": 0.1234, "looks": [{}]})
     history: list[dict[str, Any]] = dataclasses.field(
         default_factory=lambda: [{"stage": "suppress", "loss": 2.5, "accuracy": 0.19, "seconds": 3.25, "peak_mb": 1.0}]
@@ -194,6 +194,7 @@ def test_the_table_tells_the_result(here: Path, core: Core, capsys: pytest.Captu
         "0.88 (3 looks)",
         "1 (green)",
         "0.912",
+        "0.8642",
         "0.43",
         "2 of 8",
         "layer.1",
