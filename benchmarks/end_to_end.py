@@ -41,7 +41,7 @@ from mnp_fast import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
 from mnp_fast.masked import masked
 from mnp_fast.objectives import eliminate, preserve
-from mnp_fast.optimize import windows_of
+from mnp_fast.optimize import recalibrate_, windows_of
 from mnp_fast.sites import Site, find_sites
 from mnp_fast.stats import magnitude
 
@@ -92,7 +92,12 @@ def pictures(count: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fit_head_(model: nn.Module, images: Tensor, labels: Tensor, strength: float = 1e-2) -> None:
-    """The last linear layer by ridge regression of one-hot labels on its inputs, centred; deterministic."""
+    """The last linear layer by ridge regression of one-hot labels on its inputs, centred; deterministic.
+
+    Statistics of the pictures first: with random ones the network knew nothing under those of a batch, and there was
+    nothing to suppress.
+    """
+    recalibrate_(model, DefenceSet(images, labels), PruneConfig(batch_size=32))
     head = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES][-1]
     found: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].double()))

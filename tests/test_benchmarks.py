@@ -241,6 +241,9 @@ def test_the_fitted_network_knows_its_pictures() -> None:
     with torch.no_grad():
         assert float((model(images).argmax(1) == labels).float().mean()) > 0.9
     torch.testing.assert_close(end_to_end.pictures(60, 16)[0][:, :1], images)
+    # Under the statistics of a batch too, or there is nothing to suppress.
+    with masked(model, (), None, batch_statistics=True), torch.no_grad():
+        assert float((model(images).argmax(1) == labels).float().mean()) > 0.9
 
 
 def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
