@@ -22,8 +22,6 @@ from mnp_fast.sites import undisturbed
 # Below this the held-back part has a handful of pictures, and an accuracy measured on it says nothing.
 MIN_PICTURES = 20
 _KEYS = (("pixel_values", "images", "image"), ("labels", "label"))
-_LEAST_KAPPA = 0.2
-"""Agreement of answers and labels beyond chance that a model must show; "slight" ends here (Landis and Koch, 1977)."""
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -221,24 +219,6 @@ def check_model(model: nn.Module, data: DefenceSet) -> int:
             "number the labels as in training, or give the right model"
         )
     return classes
-
-
-def check_answers(predicted: Tensor, labels: Tensor) -> float:
-    """Accuracy in [0, 1] of predicted classes (n,), int64 as the labels are.
-
-    DataError where they agree hardly better than by chance, by Cohen's kappa (1960): such pictures or labels are not
-    those that the model was trained with, and say nothing of it.
-    """
-    accuracy = float((predicted == labels).double().mean())
-    classes = int(max(predicted.max(), labels.max())) + 1
-    shares = [torch.bincount(answers, minlength=classes).double() / len(labels) for answers in (predicted, labels)]
-    chance = float((shares[0] * shares[1]).sum())
-    if accuracy - chance < _LEAST_KAPPA * (1 - chance):
-        raise DataError(
-            f"the model is right on {accuracy:.1%} of the loader's pictures, where chance would be on {chance:.1%}; "
-            "check that the classes are numbered as in training, size, mean and std of the pictures, and the weights"
-        )
-    return accuracy
 
 
 def floating_parameter(model: nn.Module) -> nn.Parameter | None:

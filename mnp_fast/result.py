@@ -15,8 +15,7 @@ from mnp_fast.errors import FileError
 from mnp_fast.report import html
 
 _PAGE = "report.html"
-_TENSORS = ("model", "masks")
-FILES = (*(f"{name}.safetensors" for name in _TENSORS), io.REPORT, _PAGE)
+FILES = ("model.safetensors", "masks.safetensors", io.REPORT, _PAGE)
 """What a saved result is."""
 
 
@@ -99,7 +98,7 @@ class PruneResult:
         """Write model.safetensors, masks.safetensors, report.json and report.html, all or none; else FileError."""
         if self.model is None:
             raise FileError("this result was loaded without a model; pass one to PruneResult.load to save it again")
-        tensors = dict(zip(_TENSORS, (io.model_tensors(self.model), self.masks), strict=True))
+        tensors = {"model": io.model_tensors(self.model), "masks": self.masks}
         io.save_files(directory, tensors=tensors, report=self.report(), texts={_PAGE: html(self.report(), self.masks)})
 
     @classmethod

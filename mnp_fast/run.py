@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mnp_fast import __version__
 from mnp_fast.checkpoint import Checkpoint, StageState, fingerprint, restore_
 from mnp_fast.config import PruneConfig
-from mnp_fast.data import DefenceSet, check_answers, check_model, collect, floating_parameter, logits_of
+from mnp_fast.data import DefenceSet, check_model, collect, floating_parameter
 from mnp_fast.detect import Evidence, Look, commonest, repair_classes, undecided, verdict, weigh
 from mnp_fast.device import compute_device, peak_mb, product_dtype
 from mnp_fast.errors import ConfigError, ModelError
@@ -40,8 +40,9 @@ from mnp_fast.progress import Progress
 from mnp_fast.replay import Recorder
 from mnp_fast.result import PruneResult
 from mnp_fast.select import Selection, select
-from mnp_fast.sites import find_sites, site_names, undisturbed
+from mnp_fast.sites import find_sites, site_names
 from mnp_fast.stats import magnitude
+from mnp_fast.trial import accuracy_on, check_gradients
 from mnp_fast.waves import Wave, find_wave
 
 _CANDIDATES = 10
@@ -87,11 +88,8 @@ class Run:
         captured = capture(self.plain, self.sites, self.data.images[:2].to(self.device))
         recorder = Recorder(self.device) if self.device.type == "cuda" else None
         self.how = Execution(captured, product_dtype(self.config.precision, self.device), recorder)
-        self.check_gradients()
-        ones = torch.ones_like(self.magnitude)
-        with undisturbed(self.plain), masked(self.plain, self.sites, ones, how=self.how):
-            answers = predict(self.plain, self.data, self.config.batch_size, self.device).argmax(1)
-        self.accuracy = check_answers(answers, self.data.labels)
+        check_gradients(self.plain, self.data.images[:2], self.how)
+        self.accuracy = accuracy_on(self.plain, self.sites, self.data, self.config, self.how)
         self.bar = Progress(self.progress)
         self.waves: list[Wave] = []
         run = {} if self.checkpoint_directory is None else self.fingerprint()
@@ -103,20 +101,6 @@ class Run:
         for parameter in working.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return working
-
-    def check_gradients(self) -> None:
-        """ModelError where no gradient goes from the logits to the pictures, on which every stage rests."""
-        images = self.data.images[:2].clone().requires_grad_()
-        try:
-            with undisturbed(self.plain), masked(self.plain, (), None, how=self.how):
-                torch.autograd.grad(logits_of(self.plain(images)).float().logsumexp(1).sum(), images)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise ModelError(
-                f"the model cannot be differentiated ({str(error).splitlines()[0][:200]}); give the network as it is "
-                "trained, in floating point, without no_grad or detach in its forward"
-            ) from error
 
     @contextmanager
     def stages(self) -> Iterator[None]:

@@ -296,8 +296,7 @@ def test_counted_steps_are_those_of_the_run(monkeypatch) -> None:
     assert counts.search == 3 * tried
     assert counts.perturb == 6
     shown = {len(data[1]), *(int((data[1] != label).sum()) for entry in weighed for label in entry["classes"])}
-    # And once before all of it, for the model's accuracy.
-    assert sum(calls[f"run {size}"] for size in shown) == looks + perturbations + 1
+    assert sum(calls[f"run {size}"] for size in shown) == looks + perturbations
     # New statistics of each look, and the answers of the teacher.
     assert calls[f"optimize {len(learning)}"] == looks + 1
     # Classes to try, and what each perturbation pulls in the suppressed model and in the model itself.

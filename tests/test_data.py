@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mnp_fast.data import MIN_PICTURES, DefenceSet, _memory_limit, check_answers, check_model, collect, logits_of
+from mnp_fast.data import MIN_PICTURES, DefenceSet, _memory_limit, check_model, collect, logits_of
 from mnp_fast.errors import ConfigError, DataError, MnpFastError, ModelError
+from mnp_fast.trial import check_answers
 
 
 def pictures(n: int = 40, classes: int = 4, shape: tuple[int, ...] = (3, 6, 6)) -> tuple[Tensor, Tensor]:
