@@ -112,7 +112,9 @@ class DefenceSet:
             starts.pop()
         for start, stop in zip(starts, [*starts[1:], n], strict=True):
             index = slice(start, stop) if order is None else order[start:stop]
-            yield self.images[index].to(device), self.labels[index].to(device)
+            images, labels = self.images[index], self.labels[index]
+            # A slice would be the pictures themselves, which a forward may normalise in place.
+            yield (images.clone() if order is None else images).to(device), labels.to(device)
 
 
 def collect(
@@ -179,6 +181,7 @@ def check_model(model: nn.Module, data: DefenceSet) -> int:
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is a {type(model).__name__}, not a torch.nn.Module; give the network itself")
     _check_weights(model)
+    _check_hooks(model)
     images = data.images[:8]
     own: Tensor | None = floating_parameter(model)
     own = torch.empty(0) if own is None else own
@@ -193,7 +196,7 @@ def check_model(model: nn.Module, data: DefenceSet) -> int:
     try:
         # The original's flags and buffers too, for a forward that runs it in place of its copy.
         with undisturbed(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-            output = trial(images.to(own.device, own.dtype))
+            output = trial(images.to(own.device, own.dtype, copy=True))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -348,10 +351,29 @@ def _check_weights(model: nn.Module) -> None:
         for name, tensor in tensors:
             if nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 raise ModelError(f"the {kind} {name} has no values yet; load the model's weights first")
+            if tensor.is_complex() and kind == "parameter":
+                raise ModelError(f"the {kind} {name} is complex; only networks of real numbers can be repaired")
             if tensor.is_floating_point() and not bool(tensor.detach().isfinite().all()):
                 raise ModelError(
                     f"the {kind} {name} has NaN or Inf; the weights are damaged: load them anew from a sound file"
                 )
+
+
+def _check_hooks(model: nn.Module) -> None:
+    """ModelError where a hook is a function that holds a part of the model: copies would read and write that one."""
+    parts = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    for path, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            for cell in getattr(hook, "__closure__", None) or ():
+                try:
+                    held = cell.cell_contents
+                except ValueError:  # nothing in it yet
+                    continue
+                if id(held) in parts:
+                    raise ModelError(
+                        f"a hook on {path or 'the model itself'} is a function that holds a part of the model, so that "
+                        "a copy would use the original's; make it a method of a module, or take it off"
+                    )
 
 
 def _check_logits(logits: Tensor, batch: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -47,13 +47,19 @@ def peak_mb(device: torch.device) -> float:
 
 @contextmanager
 def ordinary_modes() -> Iterator[None]:
-    """Gradients on, inference mode off, float32 and the CPU where nothing else is said, whatever the caller has set."""
+    """Gradients on, inference mode and autocast off, float32 and the CPU where nothing else is said, whatever the
+    caller has set."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     try:
         torch.set_default_dtype(torch.float32)
         if device.type != "cpu":
             torch.set_default_device(None)
-        with torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.enable_grad())
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    modes.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -98,7 +98,7 @@ def masked(
                 if isinstance(module, _BatchNorm) and module not in overridden:
                     _use_batch_statistics(module, undo)
         run = None
-        if how.captured is not None and how.captured.reason is None:
+        if how.captured is not None and how.captured.reason is None and (how.captured.norms or not batch_statistics):
             run = program(how.captured, model, sites, mask, batch_statistics=batch_statistics, dtype=how.dtype)
         if mask is not None or run is not None or how.dtype is not None:
             device = next((p.device.type for p in model.parameters()), "cpu")
@@ -117,10 +117,16 @@ def prune_(model: nn.Module, sites: Sequence[Site], keep: Tensor) -> None:
         raise ConfigError(f"keep must be a bool tensor, it is {keep.dtype}: pass for example mask > threshold.")
     _check(sites, keep, dtype=torch.bool)
     with torch.no_grad():
-        for site in sites:
-            module, weight = site_parameter(model, site.path, site.parameter)
-            kept = keep[site.offset : site.offset + site.neurons].to(weight.device)
-            weight.masked_fill_(~_spread(site, module, weight, kept), 0.0)
+        for weight, gone in pruned_weights(model, sites, keep):
+            weight.masked_fill_(gone, 0.0)
+
+
+def pruned_weights(model: nn.Module, sites: Sequence[Site], keep: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(weight, which of its numbers belong to neurons that are not kept: bool, broadcasts over it) of every site."""
+    for site in sites:
+        module, weight = site_parameter(model, site.path, site.parameter)
+        kept = keep[site.offset : site.offset + site.neurons].to(weight.device)
+        yield weight, ~_spread(site, module, weight, kept)
 
 
 def _check(sites: Sequence[Site], mask: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -202,6 +208,8 @@ def _by_modules(
     dtype: torch.dtype | None,
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
+        # Cloned: a forward may normalise its input in place, and others are to see it as it was.
+        args = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
         saved = [(swap.holder._parameters, swap.name, swap.holder._parameters[swap.name]) for swap in swaps]
         try:
             for swap, (parameters, name, weight) in zip(swaps, saved, strict=True):
@@ -319,6 +327,8 @@ def _input_forward(site: Site, module: Any, mask: Callable[[], Tensor]) -> Calla
 
     def forward(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         vector = samples.repeated(mask(), site.repeat)
+        if input.dim() == 1:  # one sample alone
+            return inner(_affine(input[None], vector, ones, zeros, zeros, channel_dim=-1)[0], *args, **kwargs)
         return inner(_affine(input, vector, ones, zeros, zeros, channel_dim=-1), *args, **kwargs)
 
     return forward

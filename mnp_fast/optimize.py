@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mnp_fast.config import PruneConfig
 from mnp_fast.data import DefenceSet, logits_of
 from mnp_fast.errors import ModelError
-from mnp_fast.masked import MODULES, Execution, masked, prune_
+from mnp_fast.masked import MODULES, Execution, masked, prune_, pruned_weights
 from mnp_fast.objectives import eliminate, expose, preserve, pull, repair_loss
 from mnp_fast.ops import mask_step_
 from mnp_fast.progress import Progress
@@ -159,9 +159,9 @@ def perturb(
 
 
 def of_other_classes(data: DefenceSet, target: int) -> DefenceSet:
-    """The pictures that are not of class ``target``; all of them where there are no others."""
+    """The pictures that are not of class ``target``; all of them where there are not two others, as norms need."""
     others = data.subset(data.labels != target)
-    return others if len(others) else data
+    return others if len(others) > 1 else data
 
 
 @torch.no_grad()
@@ -275,6 +275,8 @@ def finetune_(
     with masked(teacher, sites, torch.ones(len(keep), device=device), how=how):
         # Once: the same pictures come again in every pass, and asking in every step was a quarter of the time.
         answers = predict(teacher, data, config.batch_size, device).to(device)
+    # Where filters are standardised the gradient of one at zero is 1/sqrt(eps) too large, and all that clipping leaves.
+    removed = list(pruned_weights(model, [site for site in sites if site.kind == "conv"], keep))
     numbered, right = DefenceSet(data.images, torch.arange(len(data))), data.labels.to(device)
     with masked(model, (), None, how=how):
         for _ in range(config.finetune_epochs):
@@ -286,6 +288,9 @@ def finetune_(
                 loss = repair_loss(logits, answers[rows], labels, config.distillation)
                 optimizer.zero_grad()
                 loss.backward()
+                for filters, gone in removed:
+                    if filters.grad is not None:
+                        filters.grad.masked_fill_(gone, 0.0)
                 torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
                 optimizer.step()
                 schedule.step()

@@ -82,7 +82,7 @@ def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
     with undisturbed(model), finder.hooks(), torch.no_grad():
         try:
             with finder:
-                output = model(example[:2])
+                output = model(example[:2].clone())
         except Exception as error:
             raise ModelError(
                 f"the model cannot run on an input of shape {tuple(example.shape)} and dtype {example.dtype}: {error}. "

@@ -26,7 +26,7 @@ def check_gradients(model: nn.Module, images: Tensor, how: Execution) -> None:
     images = images.clone().requires_grad_()
     try:
         with undisturbed(model), masked(model, (), None, how=how):
-            torch.autograd.grad(logits_of(model(images)).float().logsumexp(1).sum(), images)
+            torch.autograd.grad(logits_of(model(images.clone())).float().logsumexp(1).sum(), images)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -357,6 +357,26 @@ def test_a_forward_that_is_bound_to_the_original_is_refused_and_changes_nothing(
         assert bound.training == train
 
 
+def test_a_hook_that_holds_a_part_of_the_model_is_refused() -> None:
+    model, seen = small_net(), []
+    first = model[0]
+    handle = first.register_forward_hook(lambda module, args, output: output * first.weight.mean())
+    with pytest.raises(ModelError, match="a hook on 0 is a function that holds a part of the model"):
+        check_model(model, DefenceSet(X, Y))
+    handle.remove()
+    first.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert check_model(model, DefenceSet(X, Y)) == 4
+
+
+def test_complex_weights_are_refused() -> None:
+    model = small_net()
+    model.register_buffer("waves", torch.zeros(2, dtype=torch.complex64))
+    assert check_model(model, DefenceSet(X, Y)) == 4
+    model.spectrum = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ModelError, match="parameter spectrum is complex"):
+        check_model(model, DefenceSet(X, Y))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_probabilities_of_any_precision_are_refused(dtype: torch.dtype) -> None:
     model = nn.Sequential(small_net(), nn.Softmax(1)).to(dtype)

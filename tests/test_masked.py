@@ -410,3 +410,23 @@ def test_on_a_gpu() -> None:
         assert mask.grad.is_cuda
         prune_(model, sites, keep)
         close(hard.detach(), model(example).detach(), 1e-3)
+
+
+def test_samples_one_by_one() -> None:
+    """A layer that is given a sample without its batch."""
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 7), nn.Linear(7, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([self.last(F.relu(self.first(row))) for row in x])
+
+    torch.manual_seed(0)
+    model, x = One().eval(), torch.randn(4, 5)
+    sites = find_sites(model, x)
+    mask = torch.rand(total_neurons(sites))
+    with torch.no_grad(), masked(model, sites, mask):
+        found = model(x)
+    assert torch.allclose(found, model.last(F.relu(model.first(x)) * mask), atol=1e-6)

@@ -19,6 +19,7 @@ from mnp_fast.optimize import (
     add_perturbations_,
     finetune_,
     learn_masks,
+    of_other_classes,
     perturb,
     predict,
     recalibrate_,
@@ -422,6 +423,32 @@ def test_what_distillation_learns_from(known: nn.Module, distillation: float, sa
     assert torch.equal(*weights) == same
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose filters have mean 0 and variance 1, as in BiT and NFNets."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True, correction=0)
+        return F.conv2d(input, 0.1 * (self.weight - mean) * torch.rsqrt(variance + 1e-8), self.bias, padding=1)
+
+
+def test_a_pruned_filter_that_is_standardised_does_not_take_all_of_clipping() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Standardised(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
+    data, teacher = quadrants(), taught(model.eval())
+    start = [copy.deepcopy(model) for _ in range(2)]
+    sites = find_sites(model, data.images)
+    moved = []
+    for network, pruned_too in zip(start, (False, True), strict=True):
+        keep = torch.ones(total_neurons(sites), dtype=torch.bool)
+        keep[0] = not pruned_too
+        prune_(network, sites, keep)
+        before = network[0].weight[1:].detach().clone()
+        config = PruneConfig(batch_size=40, finetune_epochs=1, distillation=0)
+        finetune_(network, teacher, sites, keep, NONE, data, config, seeded(), QUIET)
+        moved.append(float((network[0].weight[1:].detach() - before).norm()))
+    assert moved[1] > moved[0] / 2
+
+
 def test_no_epochs_no_change(known: nn.Module) -> None:
     data = quadrants()
     model, sites, keep = pruned(known, data)
@@ -531,3 +558,10 @@ def test_batch_statistics_where_one_picture_would_be_left_over() -> None:
             assert predict(network, data, batch_size, torch.device("cpu")).shape == (41, 4)
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             network(data.images[:1])
+
+
+def test_pictures_of_other_classes_are_never_one_alone() -> None:
+    """Statistics of a batch need two."""
+    images = torch.arange(4.0).view(4, 1, 1, 1)
+    for labels, left in (([0, 0, 0, 1], 4), ([0, 0, 1, 1], 2), ([0, 0, 0, 0], 4)):
+        assert len(of_other_classes(DefenceSet(images, torch.tensor(labels)), 0)) == left

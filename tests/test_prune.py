@@ -519,6 +519,34 @@ def test_the_callers_modes_make_no_difference(original: nn.Module, usual: PruneR
         assert torch.get_default_device() == torch.device("meta")
     finally:
         torch.set_default_device(None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(run(original, given), usual)
+        assert torch.is_autocast_enabled("cpu")
+
+
+class Prepares(nn.Module):
+    """Normalises the pictures that it is given: in place, in place and without a gradient of its own, or apart."""
+
+    def __init__(self, inner: nn.Module, how: str) -> None:
+        super().__init__()
+        self.inner, self.how = inner, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool(x.isnan().any()):  # so that it cannot be captured
+            return x
+        if self.how == "apart":
+            return self.inner((x * 0.5 + 0.1) * 2 - 0.2)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.how == "in place"):
+            x.mul_(0.5).add_(0.1)
+        return self.inner(x * 2 - 0.2)
+
+
+def test_a_forward_may_change_its_input(original: nn.Module) -> None:
+    expected = run(Prepares(copy.deepcopy(original), "apart"))
+    for how in ("in place", "without gradient"):
+        given = batch()
+        assert same(run(Prepares(copy.deepcopy(original), how), [given]), expected), how
+        assert torch.equal(given[0], batch()[0])
 
 
 def test_other_gpus_are_not_seeded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

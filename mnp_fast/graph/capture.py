@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._sympy.numbers import int_oo
 
 from mnp_fast.data import logits_of
 from mnp_fast.graph.rewrite import program
@@ -31,6 +33,9 @@ def capture(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Capture
     The trace holds no weights: it serves every copy of the model with the same sites. Takes 1 to 2 s for ResNet-50 and
     ViT-B/16, whatever the size of the pictures.
     """
+    # They stay on the model, around whatever its forward is, and would be in the trace besides.
+    if any((model._forward_pre_hooks, model._forward_hooks, model._backward_pre_hooks, model._backward_hooks)):
+        return Captured("the model itself has hooks")
     if any(p.dtype != torch.float32 for p in model.parameters()):
         return Captured("its weights are not all float32")
     if len(example) < 2:
@@ -38,7 +43,7 @@ def capture(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Capture
     try:
         with undisturbed(model), torch.no_grad():
             exported = torch.export.export(
-                _Logits(model), (example[:2],), strict=False, dynamic_shapes=({0: torch.export.Dim.AUTO},)
+                _Logits(model), (example[:2].clone(),), strict=False, dynamic_shapes=({0: torch.export.Dim.AUTO},)
             )
     except Exception as error:  # whatever a stranger's forward does
         return Captured(f"torch.export: {_told(error)}")
@@ -52,11 +57,14 @@ def capture(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Capture
     size = (
         next(n for n in graph.nodes if n.op == "placeholder" and n.name in signature.user_inputs).meta["val"].shape[0]
     )
+    if any(bool(limits.upper < int_oo) for limits in exported.range_constraints.values()):
+        return Captured("its forward goes by how many pictures there are")
     places, reason = _places(model, sites, graph, names)
     if reason is not None:
         return Captured(reason)
     batch = size if isinstance(size, int) else None
-    captured = Captured(None, tuple(example.shape[1:]), batch, graph, names, constants, places)
+    norms = _plain_norms(model, graph, names)
+    captured = Captured(None, tuple(example.shape[1:]), batch, graph, names, constants, places, norms)
     # Another number than that of the trace: len(images) in a forward leaves the traced number in it.
     trial = example[:2] if batch is not None else torch.cat([example[:2], example[:1]])
     reason = _trial(captured, model, sites, trial)
@@ -107,24 +115,54 @@ def _unfit(graph: fx.Graph) -> str | None:
     return None
 
 
+def _plain_norms(model: nn.Module, graph: fx.Graph, names: dict[str, str]) -> bool:
+    """Whether all running statistics are those of torch's BatchNorm layers, and used as these use them."""
+    layers = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, _BatchNorm)]
+    own = {f"{layer}.running_mean".removeprefix(".") for layer in layers}
+    means = {node for node in graph.nodes if node.op == "placeholder" and names.get(node.name) in own}
+    norms = [node for node in graph.nodes if node.target == aten.batch_norm.default]
+    used = {norm.args[3] for norm in norms if norm.args[3] is not None}
+    return used <= means and all(user in norms for mean in means for user in mean.users)
+
+
 def _trial(captured: Captured, model: nn.Module, sites: Sequence[Site], images: Tensor) -> str | None:
-    """Why the trace cannot stand for the model, after a forward of both."""
+    """Why the trace cannot stand for the model, after a forward of both, and a backward of both without masks."""
     ones = torch.ones(total_neurons(sites), device=images.device)
     try:
         with undisturbed(model), torch.no_grad():
-            expected = logits_of(model(images))
+            expected = logits_of(model(images.clone()))
             found = program(captured, model, sites, ones, batch_statistics=False, dtype=None)(images)
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            return "the trace gives other logits than the model"
+        with undisturbed(model), torch.enable_grad():
+            wanted = _gradients(model, model, images)
+            traced = program(captured, model, sites, None, batch_statistics=False, dtype=None)
+            given = _gradients(traced, model, images)
     except Exception as error:
         return f"the trace does not run: {_told(error)}"
-    if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+    # A trace has the forward of an autograd.Function but not its backward, and no block without gradients.
+    total = float(torch.stack([gradient.norm() for gradient in wanted]).norm())
+    pairs = zip(given, wanted, strict=True)
+    if all(float((a - b).norm()) <= 0.05 * float(b.norm()) + 1e-3 * total for a, b in pairs):
         return None
-    return "the trace gives other logits than the model"
+    return "the trace gives other gradients than the model"
+
+
+def _gradients(run: Callable[[Tensor], Any], model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Of a sum of the logits, each with a weight of its own, to the images and the trainable weights; 0 for none."""
+    images = images.clone().requires_grad_()
+    to = [images, *(p for p in model.parameters() if p.requires_grad)]
+    logits = logits_of(run(images.clone()))
+    if not logits.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in to]
+    weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
+    return list(torch.autograd.grad((logits * weights).sum(), to, allow_unused=True, materialize_grads=True))
 
 
 def _apart(model: nn.Module, images: Tensor) -> bool:
     """Whether the first pictures have the logits that they have without the last one."""
     with undisturbed(model), torch.no_grad():
-        alone, among = logits_of(model(images[:-1])), logits_of(model(images))[:-1]
+        alone, among = logits_of(model(images[:-1].clone())), logits_of(model(images.clone()))[:-1]
     return torch.allclose(alone, among, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
 
 

@@ -17,7 +17,8 @@ from mnp_fast.ops.differentiable import differentiable_once
 
 def products_in(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:
     """Autocast to ``dtype``; with None whatever the caller has set."""
-    return nullcontext() if dtype is None else torch.autocast(device, dtype)
+    # Without its cache, which inside a caller's autocast would give the first cast of weights that have changed since.
+    return nullcontext() if dtype is None else torch.autocast(device, dtype, cache_enabled=False)
 
 
 class Program:

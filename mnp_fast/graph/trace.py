@@ -23,8 +23,9 @@ class Captured:
     """A traced model, or the reason that there is none.
 
     graph: the trace, with a placeholder for every weight; names: placeholder to the name of parameter or buffer;
-    constants: placeholder to tensor. batch: None where any number of pictures from two on can be given. apart: no
-    picture's logits depend on another picture, whose statistics a batch norm may still bring in.
+    constants: placeholder to tensor. batch: None where any number of pictures from two on can be given. norms: whether
+    statistics of the batch can be had by it. apart: no picture's logits depend on another picture, whose statistics a
+    batch norm may still bring in.
     """
 
     reason: str | None
@@ -34,6 +35,7 @@ class Captured:
     names: dict[str, str] | None = None
     constants: dict[str, Tensor] | None = None
     places: tuple[tuple[Place, ...], ...] = ()
+    norms: bool = True
     apart: bool = False
 
     def takes(self, images: Any) -> bool:
