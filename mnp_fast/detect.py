@@ -18,6 +18,8 @@ SUSPICIOUS = "suspicious"
 NONE_FOUND = "no evidence found"
 FEWEST_CLASSES = 5
 """With fewer, clean networks collapse into one class too (seen with 2 to 4): suspicion is then all there can be."""
+_SPARED, _MINDED = 0.4, 0.75
+"""Shares of `evidence_score` at which the precaution begins and is whole."""
 _CONTRAST = 1.8
 """What the contrast of a wave counts for: networks with SIG had .6 and more, all others less than .25."""
 _TRANSFER = 2.4
@@ -223,13 +225,14 @@ def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
 def repair_strength(evidence: Evidence, config: PruneConfig) -> float:
     """How strong the repair is, in [0, 1]: 1 where a class is suspected.
 
-    Where none is, it grows with what the first look says, from 0 at half of `evidence_score` to 1 at three quarters of
-    it: what is far from suspicion is to stay as it is, but an attacked network was missed that the first look gave .52
-    and the others less.
+    Where none is, it grows with what the first look says, from 0 at two fifths of `evidence_score` to 1 at three
+    quarters of it: what is far from suspicion is to stay as it is, but an attacked network was missed that the first
+    look gave .37 to .78 and the others less.
     """
     if evidence.score >= config.suspicion_score:
         return 1.0
-    return min(1.0, max(0.0, 4 * evidence.looks[0].score / config.evidence_score - 2))
+    share = evidence.looks[0].score / config.evidence_score
+    return min(1.0, max(0.0, (share - _SPARED) / (_MINDED - _SPARED)))
 
 
 def repair_classes(evidence: Evidence, config: PruneConfig) -> list[int]:

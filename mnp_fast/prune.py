@@ -31,7 +31,7 @@ def prune(
 ) -> PruneResult:
     """Look for a backdoor in an image classifier and prune the neurons that carry it.
 
-    Where none is suspected, but a first look says more than half of what is evidence, the copy is still pruned a
+    Where none is suspected, but a first look says two fifths of what is evidence, the copy is still pruned a
     little and fine-tuned, the more the more it says, as a precaution against what the verdict misses; below it stays as
     it came. `scan` gives the verdict alone. Stages: docs/method.md.
 
@@ -61,7 +61,7 @@ def prune(
         strength = repair_strength(evidence, run.config)
         if strength:
             config = run.config if target is not None else _gentler(run.config, strength)
-            perturbations = run.perturb(suppressed, evidence, target, config.perturbation_size)
+            perturbations = run.perturb(suppressed, evidence, target, config)
             if target is None:
                 suppressed = run.working_copy()  # suppression exposed nothing, and what it broke misleads the masks
             mask, order = run.learn_masks(suppressed, perturbations)
@@ -96,11 +96,12 @@ def _gentler(config: PruneConfig, strength: float) -> PruneConfig:
     """The settings of a repair of such strength in (0, 1] where no class is suspected: less is pruned, and learned at a
     smaller rate. Whatever the strength the model's own answers are all that is learned, perturbations are half as large
     and fewer pictures carry one: clean networks pay for these, but a missed backdoor that met smaller perturbations yet
-    stayed whole (docs/decisions.md).
+    stayed whole. They take twice the steps: what the looks have missed is found late (docs/decisions.md).
     """
     return replace(
         config,
         perturbation_size=config.perturbation_size / 2,
+        perturbation_steps=2 * config.perturbation_steps,
         accuracy_limit=strength * config.accuracy_limit,
         finetune_rate=strength * config.finetune_rate,
         perturbed_pictures=0.6 * config.perturbed_pictures,

@@ -224,9 +224,9 @@ class Run:
         found = self.perturbations("search", suppressed, tried, learning, size, steps, start=early)
         return self.pulled(suppressed, found, tried, learning), transferred
 
-    def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None, size: float) -> Tensor:
+    def perturb(self, suppressed: nn.Module, evidence: Evidence, target: int | None, config: PruneConfig) -> Tensor:
         """Perturbations for masks and fine-tuning, towards `repair_classes`: made on the model itself where a class is
-        suspected, or else half of them on the suppressed model.
+        suspected, or else half of them on the suppressed model. config: settings of the repair.
 
         Where the verdict rests on a wave it makes as many more: alone it left BadNets, which it had named, as it was.
         """
@@ -237,7 +237,8 @@ class Run:
 
         def perturbed(entry: dict[str, Any]) -> StageState:
             given = [(network, part) for network, part in parts if part]
-            made = [self.perturbations("perturb", network, part, self.learning, size) for network, part in given]
+            size, steps = config.perturbation_size, config.perturbation_steps
+            made = [self.perturbations("perturb", network, part, self.learning, size, steps) for network, part in given]
             return StageState({"perturbations": torch.cat(made)})
 
         found = self.once("perturb", perturbed).tensors["perturbations"].to(self.device)

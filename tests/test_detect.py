@@ -273,7 +273,7 @@ def test_weigh_takes_the_wave_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("score", "strength"),
-    [(0.0, 0.0), (0.3, 0.0), (0.4, 0.0), (0.5, 0.5), (0.56, 0.8), (0.6, 1.0), (0.72, 1.0), (0.8, 1.0), (1.0, 1.0)],
+    [(0.0, 0.0), (0.3, 0.0), (0.32, 0.0), (0.46, 0.5), (0.544, 0.8), (0.6, 1.0), (0.72, 1.0), (0.8, 1.0), (1.0, 1.0)],
 )
 def test_the_precaution_grows_with_the_score(score: float, strength: float) -> None:
     assert repair_strength(evidence(score), PruneConfig(suspicion_score=0.8, evidence_score=0.8)) == pytest.approx(
@@ -283,7 +283,7 @@ def test_the_precaution_grows_with_the_score(score: float, strength: float) -> N
 
 def test_the_precaution_goes_by_the_bound_of_evidence() -> None:
     config = PruneConfig(suspicion_score=0.55, evidence_score=0.8)
-    assert repair_strength(evidence(0.5), config) == pytest.approx(0.5)
+    assert repair_strength(evidence(0.46), config) == pytest.approx(0.5)
     assert repair_strength(evidence(0.55), config) == 1.0  # suspected
 
 
@@ -342,7 +342,7 @@ def test_by_wave_goes_by_all_looks() -> None:
         (2, [0.39], False),
         (2, [0.41], True),
         (2, [0.9, 0.9], False),
-        (3, [0.34], False),  # less than half of what is evidence: no more than the precaution leaves alone
+        (3, [0.34], False),  # less than half of what is evidence
         (3, [0.36], True),
         (3, [0.36, 0.75], True),
         (3, [0.36, 0.73], False),
@@ -366,7 +366,7 @@ def test_the_precaution_goes_by_the_first_look() -> None:
     config = PruneConfig(suspicion_score=0.7, evidence_score=0.8)
     found = Evidence((look(0.56, target=3), look(1.0, target=8)))
     assert (found.score, found.suspect) == (0.5, 8)
-    assert repair_strength(found, config) == pytest.approx(0.8)
+    assert repair_strength(found, config) == pytest.approx(6 / 7)
     assert repair_strength(Evidence((look(0.6), look(1.0))), config) == 1.0
     assert repair_strength(Evidence((look(0.3), look(1.0, target=8))), config) == 0.0
 

@@ -398,11 +398,25 @@ def test_unsuspected_after_three_looks_is_repaired_as_after_one(
     three, one = (run(model, config=replace(config, looks=looks)) for looks in (3, 1))
     assert len(three.evidence["looks"]) == 3
     assert three.suspected_target is one.suspected_target is None
-    assert three.run["repair_strength"] == one.run["repair_strength"] == pytest.approx(2 / 3)
+    assert three.run["repair_strength"] == one.run["repair_strength"] == pytest.approx(16 / 21)
     assert equal(state(three), state(one))
     assert equal(three.masks, one.masks)
     assert [entry["stage"] for entry in three.history] == list(NAMES)
     assert [entry["stage"] for entry in one.history] == [*LOOK, *REPAIR]
+
+
+@pytest.mark.parametrize(("share", "size", "steps"), [(0.5, 0.2, 40), (0.9, 0.4, 20)])
+def test_perturbations_of_the_precaution_are_half_as_large_and_take_twice_the_steps(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, share: float, size: float, steps: int
+) -> None:
+    saying(monkeypatch, share)
+    made, inner = [], run_module.perturb
+    monkeypatch.setattr(run_module, "perturb", lambda *args, **kwargs: made.append(kwargs) or inner(*args, **kwargs))
+    config = PruneConfig(looks=1, mask_steps=1, finetune_epochs=0)
+    result = run(model, config=config)
+    assert (result.suspected_target is None) == (share == 0.5)
+    assert (made[-1]["size"], made[-1]["steps"]) == (size, steps)
+    assert made[0]["steps"] == 10  # the search, halfway
 
 
 # ---------------------------------------------------------------- held-back pictures and triggered ones
