@@ -180,10 +180,10 @@ def test_where_nothing_is_pruned_the_model_is_finetuned_all_the_same(model: nn.M
 def test_far_from_suspicion_the_model_stays_as_it_is(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = run_module.weigh
     monkeypatch.setattr(
-        run_module, "weigh", lambda *args: replace(inner(*args), perturbed_share=0.5, transferred_share=0.0)
+        run_module, "weigh", lambda *args: replace(inner(*args), perturbed_share=0.4, transferred_share=0.0)
     )
     result = run(model, config=SHORT)
-    assert result.evidence["score"] == 0.5
+    assert result.evidence["score"] == 0.4
     assert result.suspected_target is None
     assert result.run["repair_strength"] == 0
     assert equal(state(result), dict(model.state_dict()))
@@ -196,7 +196,7 @@ def test_far_from_suspicion_the_model_stays_as_it_is(model: nn.Module, monkeypat
     assert result.metrics["clean_accuracy_after"] == result.metrics["clean_accuracy_before"]
 
 
-SUSPECTED = replace(SHORT, suspicion_score=0.6)
+SUSPECTED = replace(SHORT, suspicion_score=0.55)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
         assert transferred == {2: 0.1, 1: 0.3, 3: 0.2, 0: 0.0}
         found = inner_weigh(logits, labels, perturbed, transferred, wave, True)
         assert (found.transferred_class, found.transferred_share, found.transferred_second) == (1, 0.3, 0.2)
-        return replace(found, classes=5, pulled_class=2, perturbed_share=0.625)
+        return replace(found, classes=5, pulled_class=2, perturbed_share=0.575)
 
     monkeypatch.setattr(run_module, "weigh", weighed_2)
     asked: dict[str, list[Any]] = {"perturb": [], "learn_masks": [], "finetune_": []}
@@ -256,10 +256,11 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     assert (weighing["classes"], weighing["perturbations"]) == ([3, 2], 4)
     searched, farther, weighed, *repairs = asked["perturb"]
     steps = config.perturbation_steps
-    # A score of .625 where 1 is suspicious: half of a repair.
+    # A score of .575 where 1 is suspicious, between .4 and .75: half of a repair.
     gentle = replace(
         config,
         perturbation_size=0.2,
+        perturbation_steps=2 * steps,
         accuracy_limit=0.075,
         finetune_rate=5e-3,
         perturbed_pictures=0.15,
@@ -274,7 +275,8 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     assert [repair[0][1] for repair in repairs] == towards
     assert weighed[1] == {"size": config.evidence_size, "steps": steps, "start": None, "batch_statistics": True}
     for _, options in repairs:
-        assert options == {"size": settings.perturbation_size, "steps": steps, "start": None, "batch_statistics": False}
+        made = {"size": settings.perturbation_size, "steps": settings.perturbation_steps}
+        assert options == made | {"start": None, "batch_statistics": False}
     assert (entry["class"], entry["tried"]) == (3, 4)
     ((masks, _),) = asked["learn_masks"]
     plain, eliminated = masks[:2]
