@@ -214,7 +214,7 @@ def exact_saliency(
     """Change of the mean cross-entropy of the pictures when each of the neurons alone is removed (mask 0).
 
     On a captured trace all that precedes a neuron is run once, and what follows for many removals at once; by modules
-    it is one forward a neuron. None captures the model, which takes 1 to 2 s.
+    it is one forward a neuron. None captures the model, which takes some seconds.
 
     images: (b, ...), labels: (b,) int64, on the model's device. neurons: (k,) int64, entries of the flat mask. Returns
     float32, (k,). Raises DataError for labels and ConfigError for neurons that do not fit.

@@ -30,8 +30,8 @@ _KEPT_FREE = (aten.as_strided.default,)
 def capture(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Captured:
     """Trace ``model`` on pictures like ``example``, (b >= 2, ...) float32 on the model's device. Never raises.
 
-    The trace holds no weights: it serves every copy of the model with the same sites. Takes 1 to 2 s for ResNet-50 and
-    ViT-B/16, whatever the size of the pictures.
+    The trace holds no weights: it serves every copy of the model with the same sites. With the trial of logits and
+    gradients it takes 3 to 4 s for ResNet-50 and 8 s for ViT-B/16, on two cores of an AMD EPYC.
     """
     # They stay on the model, around whatever its forward is, and would be in the trace besides.
     if any((model._forward_pre_hooks, model._forward_hooks, model._backward_pre_hooks, model._backward_hooks)):
