@@ -12,6 +12,8 @@ from mnp_fast.frozen import FrozenConv2d, FrozenLinear, attention
 # (in, out, kernel, stride, padding, dilation, groups, size)
 CONVOLUTIONS = [
     (3, 8, (7, 7), (2, 2), (3, 3), (1, 1), 1, (17, 15)),
+    (3, 8, (7, 7), (2, 2), (3, 3), (1, 1), 1, (16, 14)),
+    (3, 8, (4, 4), (4, 4), (0, 0), (1, 1), 1, (8, 12)),
     (8, 12, (1, 1), (1, 1), (0, 0), (1, 1), 1, (5, 7)),
     (8, 12, (1, 1), (2, 2), (0, 0), (1, 1), 1, (7, 6)),
     (8, 12, (1, 1), (2, 3), (0, 0), (1, 1), 2, (7, 9)),
@@ -26,9 +28,12 @@ CONVOLUTIONS = [
 ]
 
 
-def gradient(output: Tensor, x: Tensor, seed: int = 7) -> Tensor:
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output.dtype)
-    return torch.autograd.grad(output, x, weights)[0]
+def weights_of(output: Tensor) -> Tensor:
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(7)).to(output.dtype)
+
+
+def gradient(output: Tensor, x: Tensor) -> Tensor:
+    return torch.autograd.grad(output, x, weights_of(output))[0]
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -56,7 +61,38 @@ def test_convolution(case: tuple, bias: bool, packs: bool) -> None:  # type: ign
         assert error(gradient(found, ours), gradient(expected, plain)) < 1e-5
 
 
-@pytest.mark.parametrize("case", CONVOLUTIONS[:6])
+# As above; whether phases reach all of the input.
+PHASES = [
+    (3, 8, (16, 16), (16, 16), (0, 0), (32, 48), True),
+    (4, 8, (3, 3), (2, 3), (0, 1), (8, 9), True),
+    (3, 8, (2, 3), (3, 3), (0, 0), (9, 6), True),  # every third column is never read
+    (1, 8, (5, 1), (2, 1), (2, 0), (8, 7), True),
+    (3, 8, (3, 3), (2, 2), (5, 5), (8, 6), True),
+    (3, 8, (3, 3), (2, 2), (1, 1), (7, 8), False),  # 7 is odd
+    (3, 8, (2, 2), (4, 4), (0, 0), (10, 12), False),
+    (3, 8, (5, 5), (2, 2), (1, 1), (12, 12), False),  # five positions for six of a phase
+    (5, 8, (3, 3), (2, 2), (1, 1), (8, 8), False),  # five channels in
+]
+
+
+@pytest.mark.parametrize("case", PHASES)
+def test_gradient_by_phases(case: tuple) -> None:  # type: ignore[type-arg]
+    before, out, kernel, stride, padding, size, used = case
+    torch.manual_seed(0)
+    layer = FrozenConv2d(torch.randn(out, before, *kernel), None, stride, padding, (1, 1), 1)
+    x = torch.randn(2, before, *size).requires_grad_()
+    expected = F.conv2d(x, layer.plain, None, stride, padding)
+    phases = layer._phases
+    assert (phases is not None and phases.fit(expected.shape, x.shape)) == (used and layer.packs)
+    wanted = gradient(expected, x)
+    found = layer.back(weights_of(expected), x.shape)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert error(found, wanted) < 1e-5
+    onto = torch.ones_like(x).contiguous(memory_format=torch.channels_last)
+    assert error(layer.back(weights_of(expected), x.shape, onto), wanted + 1) < 1e-5
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS[:8])
 def test_convolution_in_bfloat16_is_as_good_as_torchs(case: tuple) -> None:  # type: ignore[type-arg]
     before, out, kernel, stride, padding, dilation, groups, size = case
     torch.manual_seed(0)
