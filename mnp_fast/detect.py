@@ -20,6 +20,8 @@ FEWEST_CLASSES = 5
 """With fewer, clean networks collapse into one class too (seen with 2 to 4): suspicion is then all there can be."""
 _SPARED, _MINDED = 0.4, 0.75
 """Shares of `evidence_score` at which the precaution begins and is whole."""
+_FOUND, _LEAST = 0.95, 0.2
+"""Where the search pulls so many pictures into its class the precaution is at least so strong."""
 _CONTRAST = 1.8
 """What the contrast of a wave counts for: networks with SIG had .6 and more, all others less than .25."""
 _TRANSFER = 2.4
@@ -33,13 +35,14 @@ class Look:
 
     classes: how many there are. collapse_share: the share of all clean pictures that it puts into the class it predicts
     most often; second_share: the share of the class after it; suppressed_loss: its mean cross-entropy in nats.
-    searched_class: the class that a small perturbation pulls into best; pulled_class: that one or the one it predicts
-    most often, into whichever perturbations for evidence pull better; perturbed_share: the share of pictures of other
-    classes that it puts there once they are perturbed, mean over the perturbations. transferred_class: the class whose
-    small perturbation fools the model itself best; transferred_share: the share of pictures of other classes that the
-    model puts there with it; transferred_second: the same of the class after it. wave_class and wave_contrast: the
-    class and the contrast of the wave whose phase matters most to the model itself (`mnp_fast.waves`; None and 0 where
-    no waves were tried). batch_norms: whether the network has any BatchNorm.
+    searched_class: the class that a small perturbation pulls into best; searched_share: the share of learning pictures
+    of other classes that it pulls; pulled_class: that class or the one it predicts most often, into whichever
+    perturbations for evidence pull better; perturbed_share: the share of pictures of other classes that it puts there
+    once they are perturbed, mean over the perturbations. transferred_class: the class whose small perturbation fools
+    the model itself best; transferred_share: the share of pictures of other classes that the model puts there with it;
+    transferred_second: the same of the class after it. wave_class and wave_contrast: the class and the contrast of the
+    wave whose phase matters most to the model itself (`mnp_fast.waves`; None and 0 where no waves were tried).
+    batch_norms: whether the network has any BatchNorm.
     """
 
     classes: int
@@ -47,6 +50,7 @@ class Look:
     second_share: float
     suppressed_loss: float
     searched_class: int
+    searched_share: float
     pulled_class: int
     perturbed_share: float
     transferred_class: int
@@ -175,6 +179,7 @@ def weigh(
     suppressed_logits: Tensor,
     labels: Tensor,
     perturbed_logits: Mapping[int, Tensor],
+    searched_share: float,
     transferred: Mapping[int, float],
     wave: Wave | None,
     batch_norms: bool,
@@ -182,8 +187,9 @@ def weigh(
     """One look, from the suppressed model's logits (n, classes) for clean pictures with ``labels`` (n,).
 
     perturbed_logits: for each class that is weighed, the searched one first, (k, classes) of pictures of other classes
-    that are perturbed towards it. transferred: for each class that was searched, the share of pictures of other classes
-    that the model itself puts there with its small perturbation. wave: as `find_wave` gives it.
+    that are perturbed towards it. searched_share: as in `Look`. transferred: for each class that was searched, the
+    share of pictures of other classes that the model itself puts there with its small perturbation. wave: as
+    `find_wave` gives it.
     Clean suppression takes the clean function away; where a backdoor stays behind, it pulls clean pictures into its
     target class, and what little must be added to pull all of them is found easily; where that is near the trigger it
     fools the model itself too, while fragile clean models are fooled into several classes alike. Limits:
@@ -201,6 +207,7 @@ def weigh(
         second_share=float(top.values[1]),
         suppressed_loss=float(F.cross_entropy(suppressed_logits, labels)),
         searched_class=next(iter(pulled)),
+        searched_share=searched_share,
         pulled_class=best,
         perturbed_share=pulled[best],
         transferred_class=carried[0],
@@ -227,12 +234,16 @@ def repair_strength(evidence: Evidence, config: PruneConfig) -> float:
 
     Where none is, it grows with what the first look says, from 0 at two fifths of `evidence_score` to 1 at three
     quarters of it: what is far from suspicion is to stay as it is, but an attacked network was missed that the first
-    look gave .37 to .78 and the others less.
+    look gave .37 to .78 and the others less. It is at least a fifth where a small perturbation pulls the suppressed
+    model nearly whole: so it did on every network with the attack that is missed most, whatever the score, and seldom
+    on clean ones with BatchNorm (docs/decisions.md).
     """
     if evidence.score >= config.suspicion_score:
         return 1.0
-    share = evidence.looks[0].score / config.evidence_score
-    return min(1.0, max(0.0, (share - _SPARED) / (_MINDED - _SPARED)))
+    first = evidence.looks[0]
+    least = _LEAST if first.batch_norms and first.searched_share >= _FOUND else 0.0
+    share = first.score / config.evidence_score
+    return min(1.0, max(least, (share - _SPARED) / (_MINDED - _SPARED)))
 
 
 def repair_classes(evidence: Evidence, config: PruneConfig) -> list[int]:

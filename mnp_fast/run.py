@@ -164,11 +164,12 @@ class Run:
 
         def search(entry: dict[str, Any]) -> StageState:
             pulls, transferred = self.search(suppressed, learning)
-            searched = max(pulls, key=pulls.__getitem__)
+            # Of a hundred pictures all are pulled into several classes; what is near the trigger fools the model too.
+            searched = max(pulls, key=lambda one: (pulls[one], transferred[one]))
             size = self.config.perturbation_size
             wave = find_wave(self.plain, self.sites, learning, size, self.config, self.bar, self.how)
             entry |= {"class": searched, "tried": len(pulls), "waved": 0 if wave is None else wave.waved}
-            found = {"searched": searched, "transferred": list(transferred.items())}
+            found = {"searched": searched, "share": pulls[searched], "transferred": list(transferred.items())}
             if wave is None:
                 return StageState(values=found)
             found["wave"] = {"target": wave.target, "contrast": wave.contrast, "waved": wave.waved}
@@ -179,11 +180,12 @@ class Run:
             classes = list(dict.fromkeys([searched, *commonest(logits, 1)]))
             answers = self.perturbed_logits(suppressed, classes, learning, shown, entry)
             norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
-            return StageState(values=asdict(weigh(logits, shown.labels, answers, transferred, wave, norms)))
+            return StageState(values=asdict(weigh(logits, shown.labels, answers, share, transferred, wave, norms)))
 
         restore_(suppressed, self.once(f"suppress{suffix}", suppress).tensors)
         found = self.once(f"search{suffix}", search)
         searched, transferred = found.values["searched"], dict(map(tuple, found.values["transferred"]))
+        share = found.values["share"]
         wave = None
         if "wave" in found.values:
             wave = Wave(picture=found.tensors["wave"].to(self.device), **found.values["wave"])

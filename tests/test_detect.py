@@ -43,6 +43,7 @@ def look(share: float, target: int = 3, batch_norms: bool = True, transferred: f
         second_share=0.0,
         suppressed_loss=2.0,
         searched_class=target,
+        searched_share=0.5,
         pulled_class=target,
         perturbed_share=share,
         transferred_class=7,
@@ -70,7 +71,7 @@ def test_weigh(counts: list[int], top: int, second: float) -> None:
     labels = torch.arange(10) % len(counts)
     assert commonest(logits, 1)[0] == top
     pulled = len(counts) - 1
-    found = weigh(logits, labels, {pulled: answers([1] * pulled + [5])}, {0: 0.0}, None, True)
+    found = weigh(logits, labels, {pulled: answers([1] * pulled + [5])}, 0.5, {0: 0.0}, None, True)
     assert found.pulled_class == found.searched_class == pulled
     assert found.perturbed_share == pytest.approx(5 / (len(counts) + 4))
     assert found.collapse_share == pytest.approx(counts[top] / 10)
@@ -83,21 +84,21 @@ def test_weigh(counts: list[int], top: int, second: float) -> None:
 def test_of_two_classes_the_one_that_is_pulled_into_better() -> None:
     logits, labels = answers([3, 4, 3]), torch.arange(10) % 3
     shares = {2: answers([2, 2, 6]), 1: answers([1, 7, 2])}
-    found = weigh(logits, labels, shares, {0: 0.0}, None, True)
+    found = weigh(logits, labels, shares, 0.5, {0: 0.0}, None, True)
     assert (found.searched_class, found.pulled_class, found.perturbed_share) == (2, 1, 0.7)
-    found = weigh(logits, labels, {2: shares[2], 1: answers([2, 6, 2])}, {0: 0.0}, None, True)
+    found = weigh(logits, labels, {2: shares[2], 1: answers([2, 6, 2])}, 0.5, {0: 0.0}, None, True)
     assert (found.searched_class, found.pulled_class, found.perturbed_share) == (2, 2, 0.6)
 
 
 def test_what_transfers() -> None:
     logits, labels = answers([3, 4, 3]), torch.arange(10) % 3
-    found = weigh(logits, labels, {2: logits}, {2: 0.1, 0: 0.75, 1: 0.5}, None, True)
+    found = weigh(logits, labels, {2: logits}, 0.5, {2: 0.1, 0: 0.75, 1: 0.5}, None, True)
     assert (found.transferred_class, found.transferred_share, found.transferred_second) == (0, 0.75, 0.5)
     assert (found.pulled_class, found.perturbed_share) == (2, 0.3)
     together = Evidence((found,))
     assert (together.score, together.suspect) == (pytest.approx(0.6), 0)
     assert together.report()["score"] == together.score
-    only = weigh(logits, labels, {2: logits}, {2: 0.25}, None, True)
+    only = weigh(logits, labels, {2: logits}, 0.5, {2: 0.25}, None, True)
     assert (only.transferred_class, only.transferred_share, only.transferred_second) == (2, 0.25, 0.0)
 
 
@@ -148,14 +149,14 @@ def test_what_names_the_same_class_adds_up(
 
 def test_what_is_found_does_not_hang_on_the_labels() -> None:
     logits = answers([1, 2, 6, 1])
-    one, other = (weigh(logits, torch.full((10,), label), {2: logits}, {0: 0.0}, None, True) for label in (0, 2))
+    one, other = (weigh(logits, torch.full((10,), label), {2: logits}, 0.5, {0: 0.0}, None, True) for label in (0, 2))
     assert one.perturbed_share == other.perturbed_share == 0.6
     assert one.collapse_share == other.collapse_share
     assert one.suppressed_loss > other.suppressed_loss
 
 
 def test_report_is_plain_json() -> None:
-    found = weigh(answers([1, 9]), torch.arange(10) % 2, {1: answers([2, 3])}, {0: 0.0}, None, True)
+    found = weigh(answers([1, 9]), torch.arange(10) % 2, {1: answers([2, 3])}, 0.5, {0: 0.0}, None, True)
     report = Evidence((found, found)).report()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert [one["collapse_share"] for one in report["looks"]] == [found.collapse_share] * 2
@@ -196,22 +197,28 @@ def test_from_logits_to_verdict() -> None:
     config = PruneConfig(suspicion_score=0.5, evidence_score=0.7)
     labels = torch.arange(10) % 4
     plain = answers([2, 2, 4, 1, 1])
-    assert verdict(Evidence((weigh(plain, labels, {2: answers([1, 1, 8, 0, 0])}, {0: 0.0}, None, True),)), config) == (
+    assert verdict(
+        Evidence((weigh(plain, labels, {2: answers([1, 1, 8, 0, 0])}, 0.5, {0: 0.0}, None, True),)), config
+    ) == (
         EVIDENCE,
         2,
     )
-    assert verdict(Evidence((weigh(plain, labels, {2: answers([2, 2, 6, 0, 0])}, {0: 0.0}, None, True),)), config) == (
+    assert verdict(
+        Evidence((weigh(plain, labels, {2: answers([2, 2, 6, 0, 0])}, 0.5, {0: 0.0}, None, True),)), config
+    ) == (
         SUSPICIOUS,
         2,
     )
-    assert verdict(Evidence((weigh(plain, labels, {2: answers([8, 0, 2, 0, 0])}, {0: 0.0}, None, True),)), config) == (
+    assert verdict(
+        Evidence((weigh(plain, labels, {2: answers([8, 0, 2, 0, 0])}, 0.5, {0: 0.0}, None, True),)), config
+    ) == (
         NONE_FOUND,
         None,
     )
 
 
 def test_few_classes_are_at_most_suspicious() -> None:
-    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, {1: answers([0, 10, 0, 0])}, {0: 0.0}, None, True)
+    found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, {1: answers([0, 10, 0, 0])}, 0.5, {0: 0.0}, None, True)
     assert verdict(Evidence((found,)), PruneConfig()) == (SUSPICIOUS, 1)
 
 
@@ -232,6 +239,7 @@ def test_a_share_right_at_the_bound_counts(share: float) -> None:
                 answers([4, *[1] * (100 - top)]),
                 torch.zeros(104 - top, dtype=torch.int64),
                 {0: perturbed},
+                0.5,
                 {0: 0.0},
                 None,
                 True,
@@ -265,9 +273,9 @@ def test_score_of_a_wave(
 
 def test_weigh_takes_the_wave_as_it_is() -> None:
     logits, labels = answers([3, 4, 3]), torch.arange(10) % 3
-    found = weigh(logits, labels, {1: logits}, {0: 0.0}, Wave(2, 0.75, torch.zeros(3, 8, 8), 100), True)
+    found = weigh(logits, labels, {1: logits}, 0.5, {0: 0.0}, Wave(2, 0.75, torch.zeros(3, 8, 8), 100), True)
     assert (found.wave_class, found.wave_contrast) == (2, 0.75)
-    without = weigh(logits, labels, {1: logits}, {0: 0.0}, None, True)
+    without = weigh(logits, labels, {1: logits}, 0.5, {0: 0.0}, None, True)
     assert (without.wave_class, without.wave_contrast) == (None, 0.0)
 
 
@@ -285,6 +293,18 @@ def test_the_precaution_goes_by_the_bound_of_evidence() -> None:
     config = PruneConfig(suspicion_score=0.55, evidence_score=0.8)
     assert repair_strength(evidence(0.46), config) == pytest.approx(0.5)
     assert repair_strength(evidence(0.55), config) == 1.0  # suspected
+
+
+def test_the_precaution_is_at_least_a_fifth_where_the_search_pulls_nearly_all() -> None:
+    config = PruneConfig(suspicion_score=0.8, evidence_score=0.8)
+    found = changed(evidence(0.1), searched_share=0.95)
+    assert repair_strength(found, config) == pytest.approx(0.2)
+    assert repair_strength(changed(found, searched_share=0.949), config) == 0.0
+    assert repair_strength(changed(found, batch_norms=False), config) == 0.0  # clean ViTs are pulled whole too
+    assert repair_strength(changed(evidence(0.46), searched_share=1.0), config) == pytest.approx(0.5)
+    first, other = found.looks[0], replace(look(0.1), searched_share=0.2)
+    assert repair_strength(Evidence((first, other)), config) == pytest.approx(0.2)
+    assert repair_strength(Evidence((other, first)), config) == 0.0
 
 
 def test_where_everything_is_suspicious_the_repair_is_whole() -> None:

@@ -180,7 +180,9 @@ def test_where_nothing_is_pruned_the_model_is_finetuned_all_the_same(model: nn.M
 def test_far_from_suspicion_the_model_stays_as_it_is(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = run_module.weigh
     monkeypatch.setattr(
-        run_module, "weigh", lambda *args: replace(inner(*args), perturbed_share=0.4, transferred_share=0.0)
+        run_module,
+        "weigh",
+        lambda *args: replace(inner(*args), perturbed_share=0.4, transferred_share=0.0, searched_share=0.9),
     )
     result = run(model, config=SHORT)
     assert result.evidence["score"] == 0.4
@@ -218,14 +220,16 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
         logits: Tensor,
         labels: Tensor,
         perturbed: dict[int, Tensor],
+        searched_share: float,
         transferred: dict[int, float],
         wave: Wave | None,
         norms: bool,
     ) -> Look:
         assert list(perturbed) == [3, 2]
         assert transferred == {2: 0.1, 1: 0.3, 3: 0.2, 0: 0.0}
-        found = inner_weigh(logits, labels, perturbed, transferred, wave, True)
+        found = inner_weigh(logits, labels, perturbed, searched_share, transferred, wave, True)
         assert (found.transferred_class, found.transferred_share, found.transferred_second) == (1, 0.3, 0.2)
+        assert (found.searched_class, found.searched_share) == (3, 0.7)
         return replace(found, classes=5, pulled_class=2, perturbed_share=0.575)
 
     monkeypatch.setattr(run_module, "weigh", weighed_2)
@@ -290,6 +294,19 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     assert result.run["repair_strength"] == pytest.approx(1.0 if suspected else 0.5)
     for field in fields(settings):
         assert getattr(finetune[6], field.name) == pytest.approx(getattr(settings, field.name)), field.name
+
+
+def test_of_classes_that_are_pulled_alike_the_one_that_fools_the_model_is_searched(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pulled(self: Any, network: nn.Module, found: Tensor, targets: list[int], _: DefenceSet) -> dict[int, float]:
+        return dict.fromkeys(targets, 1.0) if network is not self.plain else {target: target / 4 for target in targets}
+
+    monkeypatch.setattr(run_module.Run, "pulled", pulled)
+    for order in ([2, 1, 3, 0], [0, 1, 2, 3]):
+        monkeypatch.setattr(run_module, "commonest", lambda logits, count, order=order: order[:count])
+        (look,) = mnp_fast.scan(model, loader(), replace(SHORT, looks=1), progress=False).evidence["looks"]
+        assert (look["searched_class"], look["searched_share"]) == (3, 1.0)
 
 
 def test_what_a_perturbation_pulls_is_counted_on_pictures_of_other_classes(model: nn.Module) -> None:
