@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,18 @@ def fingerprint(
         "seed": str(seed),
         "device": device.type,
         "products": products,
-        "mnp_fast": __version__,
+        "mnp_fast": f"{__version__} {_sources()}",
         "torch": torch.__version__,
     }
+
+
+@cache
+def _sources() -> str:
+    """A hash of the package's Python files: what a stage computes changes more often than the version."""
+    found = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -204,8 +204,11 @@ def test_another_run_is_refused(model: nn.Module, whole: Path) -> None:
         assert name.split(",")[0] in str(error.value)
 
 
-def test_another_version_is_refused(model: nn.Module, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "__version__", "0.0.0")
+@pytest.mark.parametrize(("name", "other"), [("__version__", "0.0.0"), ("_sources", lambda: "0" * 16)])
+def test_another_version_is_refused(
+    model: nn.Module, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str, other: Any
+) -> None:
+    monkeypatch.setattr(checkpoint, name, other)
     with pytest.raises(ConfigError, match=r"different: mnp_fast\)"):
         run(model, checkpoint=whole)
 
