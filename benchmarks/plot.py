@@ -140,7 +140,9 @@ def end_to_end_table(rows: Sequence[Row]) -> str:
         "compile",
     ]
     cells = []
-    for (arch, size, *others), by in _groups(rows, "arch", "size", "pictures", "batch", "dtype").items():
+    # Rows of before know of no looks; those of different numbers of them are different work.
+    rows = [{"looks": None} | dict(row) for row in rows]
+    for (arch, size, _, *others), by in _groups(rows, "arch", "size", "looks", "pictures", "batch", "dtype").items():
         for name in PROVIDERS:
             row = by.get(name)
             if row is None:

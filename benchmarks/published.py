@@ -110,16 +110,19 @@ class Stages:
         yield self._suppress(counts.suppress)
         # One evaluation of all pictures.
         exposed = use_batch_statistics_(copy.deepcopy(self.exposed))
-        evaluate = self._evaluation(exposed, [self.learning, self.held])
-        yield Part("search", evaluate, 1, counts.search_evaluations)
-        yield Part("weigh", evaluate, 1, counts.weigh_evaluations)
+        yield Part("weigh", self._evaluation(exposed, [self.learning, self.held]), 1, counts.weigh_evaluations)
         self.exposed.eval()
         recalibrate_(self.exposed, self.learning, self.config)
-        yield self._perturb("search", copy.deepcopy(self.exposed), counts.search, self._half_batch)
+        searched = copy.deepcopy(self.exposed)
+        evaluate = self._evaluation(searched, [self.learning, self.held])
+        yield Part("search", evaluate, 1, counts.search_evaluations)
+        yield self._perturb("search", searched, counts.search, self._half_batch)
+        del searched, evaluate
         yield self._perturb("weigh", exposed, counts.weigh, self.config.batch_size)
         del exposed
         yield self._perturb("perturb", copy.deepcopy(self.exposed), counts.perturb, self._half_batch)
         yield self._masks(counts.masks)
+        self.masked.eval()
         yield Part("select", self._evaluation(self.masked, [self.learning, self.held]), 1, counts.plain)
         yield self._finetune(counts.finetune)
 

@@ -32,6 +32,7 @@ from mnp_fast import ops as _ops
 from mnp_fast.data import logits_of
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import Execution
+from mnp_fast.memory import kept
 from mnp_fast.stats import exact_saliency, saliency
 
 Row = dict[str, Any]
@@ -93,7 +94,8 @@ def measure(work: Workload, neurons: int, repeats: int) -> Iterator[list[Row]]:
     for quantity, calls, error in comparisons(work, neurons):
         rows = []
         wrong = error()
-        times = interleaved(calls, repeats, device)
+        with kept():  # for all alike, as ours does by itself
+            times = interleaved(calls, repeats, device)
         for name in calls:
             row: Row = {"quantity": quantity, "arch": work.arch, "size": work.images.shape[-1]}
             row |= {"batch": len(work.images), "dtype": "float32", "device": device.type}

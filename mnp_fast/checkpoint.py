@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +118,17 @@ def fingerprint(
         "seed": str(seed),
         "device": device.type,
         "products": products,
-        "mnp_fast": f"{__version__} {_sources()}",
+        "mnp_fast": f"{__version__} {_SOURCES}",
         "torch": torch.__version__,
     }
 
 
-@cache
 def _sources() -> str:
-    """A hash of the package's Python files: what a stage computes changes more often than the version."""
+    """A hash of the package's own files: what a stage computes changes more often than the version."""
     found = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        found.update(file.read_bytes())
+    for file in sorted(Path(__file__).parent.rglob("*")):
+        if file.suffix in (".py", ".so") and not file.name.startswith(".") and file.is_file():
+            found.update(file.read_bytes())
     return found.hexdigest()[:16]
 
 
@@ -138,6 +137,10 @@ def restore_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a model tensors that `io.model_tensors` took from one like it; in place."""
     for name, own in io.model_tensors(model).items():
         own.copy_(tensors[name])
+
+
+_SOURCES = _sources()
+"""As they were imported: they may change while a process runs."""
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:

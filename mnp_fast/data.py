@@ -77,8 +77,9 @@ class DefenceSet:
         if 2 * int(spare.sum()) < wanted:
             held = shuffled[:wanted]
         else:
-            quota = _quota(counts, spare, wanted)
             labels = self.labels[shuffled]
+            places = torch.full_like(counts, n).scatter_reduce_(0, labels, torch.arange(n), "amin")
+            quota = _quota(counts, spare, wanted, places)
             held = torch.cat([shuffled[labels == c][: int(quota[c])] for c in quota.nonzero().flatten().tolist()])
         is_held = torch.zeros(n, dtype=torch.bool)
         is_held[held] = True
@@ -245,14 +246,19 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
-def _quota(counts: Tensor, spare: Tensor, wanted: int) -> Tensor:
-    """How many pictures each class holds back: in proportion to `counts`, at most `spare`, about `wanted` in all."""
+def _quota(counts: Tensor, spare: Tensor, wanted: int, places: Tensor) -> Tensor:
+    """How many pictures each class holds back: in proportion to `counts`, at most `spare`, about `wanted` in all.
+
+    Of classes that fall short alike the lowest; where some are to hold back less than one picture those that come first
+    in the order of ``places``, so that it is not the lowest classes alone that are held back.
+    """
     wanted = min(wanted, int(spare.sum()))
     exact = counts.double() * (wanted / int(counts.sum()))
     quota = torch.minimum(exact.floor().long(), spare)
+    order = places.argsort() if bool((exact[counts > 0] < 1).any()) else torch.arange(len(counts))
     while int(quota.sum()) < wanted:
         shortfall = (exact - quota).masked_fill(quota >= spare, -torch.inf)
-        quota[int(shortfall.argmax())] += 1
+        quota[order[int(shortfall[order].argmax())]] += 1
     return quota
 
 
@@ -301,7 +307,8 @@ def _pair(batch: Any, where: str) -> tuple[Any, Any]:
 
 def _checked_images(images: Any, where: str) -> Tensor:
     if isinstance(images, np.ndarray):
-        images = torch.from_numpy(images)
+        # Turned around (BGR to RGB) or of another machine's byte order, as torch does not take them.
+        images = torch.from_numpy(np.ascontiguousarray(images, images.dtype.newbyteorder("=")))
     if not isinstance(images, Tensor):
         raise DataError(f"the images of {where} are a {type(images).__name__}; they must be one tensor (batch, ...)")
     if images.ndim < 2:
@@ -417,7 +424,9 @@ def _brief(error: Exception) -> str:
 @contextlib.contextmanager
 def _seeded(seed: int, loader: Any) -> Iterator[None]:
     """Seed every random state that a loader draws from in this process, and put all of them back."""
-    own = {id(g): g for g in (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))}
+    batches = getattr(loader, "batch_sampler", None)
+    parts = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    own = {id(g): g for g in (getattr(part, "generator", None) for part in parts)}
     generators = [g for g in own.values() if isinstance(g, torch.Generator)]
     states = [g.get_state() for g in generators]
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002

@@ -20,7 +20,7 @@ FEWEST_CLASSES = 5
 """With fewer, clean networks collapse into one class too (seen with 2 to 4): suspicion is then all there can be."""
 _SPARED, _MINDED = 0.4, 0.75
 """Shares of `evidence_score` at which the precaution begins and is whole."""
-_FOUND, _LEAST = 0.95, 0.2
+_FOUND, _LEAST = 0.85, 0.2
 """Where the search pulls so many pictures into its class the precaution is at least so strong."""
 _CONTRAST = 1.8
 """What the contrast of a wave counts for: networks with SIG had .6 and more, all others less than .25."""
@@ -33,16 +33,16 @@ the trigger is found at all, from .38 on."""
 class Look:
     """What one suppressed model says of clean pictures, as they are and with universal perturbations.
 
-    classes: how many there are. collapse_share: the share of all clean pictures that it puts into the class it predicts
-    most often; second_share: the share of the class after it; suppressed_loss: its mean cross-entropy in nats.
-    searched_class: the class that a small perturbation pulls into best; searched_share: the share of learning pictures
-    of other classes that it pulls; pulled_class: that class or the one it predicts most often, into whichever
-    perturbations for evidence pull better; perturbed_share: the share of pictures of other classes that it puts there
-    once they are perturbed, mean over the perturbations. transferred_class: the class whose small perturbation fools
-    the model itself best; transferred_share: the share of pictures of other classes that the model puts there with it;
-    transferred_second: the same of the class after it. wave_class and wave_contrast: the class and the contrast of the
-    wave whose phase matters most to the model itself (`mnp_fast.waves`; None and 0 where no waves were tried).
-    batch_norms: whether the network has any BatchNorm.
+    classes: how many the network has, or of how many there are pictures where these are fewer. collapse_share: the
+    share of all clean pictures that it puts into the class it predicts most often; second_share: the share of the class
+    after it; suppressed_loss: its mean cross-entropy in nats. searched_class: the class that a small perturbation pulls
+    into best; searched_share: the share of learning pictures of other classes that it pulls; pulled_class: that class
+    or the one it predicts most often, into whichever perturbations for evidence pull better; perturbed_share: the share
+    of pictures of other classes that it puts there once they are perturbed, mean over the perturbations.
+    transferred_class: the class whose small perturbation fools the model itself best; transferred_share: the share of
+    pictures of other classes that the model puts there with it; transferred_second: the same of the class after it.
+    wave_class and wave_contrast: the class and the contrast of the wave whose phase matters most to the model itself
+    (`mnp_fast.waves`; None and 0 where no waves were tried). batch_norms: whether the network has any BatchNorm.
     """
 
     classes: int
@@ -202,7 +202,7 @@ def weigh(
     shares = counts.double() / len(labels)
     top = shares.topk(2)
     return Look(
-        classes=len(counts),
+        classes=min(len(counts), len(labels.unique())),
         collapse_share=float(top.values[0]),
         second_share=float(top.values[1]),
         suppressed_loss=float(F.cross_entropy(suppressed_logits, labels)),

@@ -49,12 +49,13 @@ def peak_mb(device: torch.device) -> float:
 def ordinary_modes() -> Iterator[None]:
     """Gradients on, inference mode and autocast off, float32 and the CPU where nothing else is said, whatever the
     caller has set."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)
-        if device.type != "cpu":
-            torch.set_default_device(None)
         with ExitStack() as modes:
+            if torch.get_default_device().type != "cpu":
+                # Not set_default_device, which does not leave a `with torch.device(...)` of the caller.
+                modes.enter_context(torch.device("cpu"))
             modes.enter_context(torch.inference_mode(False))
             modes.enter_context(torch.enable_grad())
             for kind in ("cpu", "cuda"):
@@ -63,5 +64,3 @@ def ordinary_modes() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-        if device.type != "cpu":
-            torch.set_default_device(device)

@@ -69,9 +69,10 @@ def suppress_(
         for number in range(windows):
             before = [p.detach().clone() for p in (*parameters, *momenta)]
             loss, accuracy = _ascend(model, next(passes), parameters, momenta, rate, config.weight_decay)
-            first = first or max(accuracy, 1.0 / 512)
-            fall = (trace.accuracy[-1] if trace.accuracy else accuracy) - accuracy
             finite = math.isfinite(loss) and all(bool(p.isfinite().all()) for p in parameters)
+            if finite:
+                first = first or max(accuracy, 1.0 / 512)
+            fall = (trace.accuracy[-1] if trace.accuracy else accuracy) - accuracy
             # Numbers that are not finite and a fall of half in one window both mean steps that are too long.
             if not finite or (fall > first / 2 and rate > config.suppression_rate / 16):
                 for p, old in zip((*parameters, *momenta), before, strict=True):
@@ -162,6 +163,15 @@ def of_other_classes(data: DefenceSet, target: int) -> DefenceSet:
     """The pictures that are not of class ``target``; all of them where there are not two others, as norms need."""
     others = data.subset(data.labels != target)
     return others if len(others) > 1 else data
+
+
+def perturbed(data: DefenceSet, target: int, perturbation: Tensor) -> DefenceSet:
+    """The pictures that are not of class ``target`` (`of_other_classes`) with the perturbation added."""
+    others = of_other_classes(data, target)
+    if others is data:
+        return DefenceSet(data.images + perturbation, data.labels)
+    others.images.add_(perturbation)  # a copy already: pictures in memory twice, not three times
+    return others
 
 
 @torch.no_grad()

@@ -31,9 +31,9 @@ def prune(
 ) -> PruneResult:
     """Look for a backdoor in an image classifier and prune the neurons that carry it.
 
-    Where none is suspected, but a first look says two fifths of what is evidence, the copy is still pruned a
-    little and fine-tuned, the more the more it says, as a precaution against what the verdict misses; below it stays as
-    it came. `scan` gives the verdict alone. Stages: docs/method.md.
+    Where none is suspected, but a first look says two fifths of what is evidence, or its search pulls most pictures
+    into one class, the copy is still pruned a little and fine-tuned, the more the more it says, as a precaution against
+    what the verdict misses; else it stays as it came. `scan` gives the verdict alone. Stages: docs/method.md.
 
     model: any nn.Module whose output is logits (b, classes), or has them as ``.logits``; in any mode, on any device. It
         is never changed, also where the run fails or is interrupted; the result holds a repaired copy.

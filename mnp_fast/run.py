@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mnp_fast import __version__
 from mnp_fast.checkpoint import Checkpoint, StageState, fingerprint, restore_
@@ -30,8 +29,8 @@ from mnp_fast.optimize import (
     Trace,
     finetune_,
     learn_masks,
-    of_other_classes,
     perturb,
+    perturbed,
     predict,
     recalibrate_,
     suppress_,
@@ -179,7 +178,8 @@ class Run:
             logits = self.suppressed_logits(suppressed, shown)
             classes = list(dict.fromkeys([searched, *commonest(logits, 1)]))
             answers = self.perturbed_logits(suppressed, classes, learning, shown, entry)
-            norms = any(isinstance(module, _BatchNorm) for module in suppressed.modules())
+            # Those that a forward reaches: of a head that is never called nothing is normalised.
+            norms = any(site.kind == "batch_norm" for site in self.sites)
             return StageState(values=asdict(weigh(logits, shown.labels, answers, share, transferred, wave, norms)))
 
         restore_(suppressed, self.once(f"suppress{suffix}", suppress).tensors)
@@ -207,9 +207,7 @@ class Run:
         found = self.perturbations("weigh", suppressed, each, learning, size, batch_statistics=True)
         answers: dict[int, list[Tensor]] = {one: [] for one in classes}
         for target, perturbation in zip(each, found, strict=True):
-            others = of_other_classes(shown, target)
-            images = DefenceSet(others.images + perturbation, others.labels)
-            answers[target].append(self.suppressed_logits(suppressed, images))
+            answers[target].append(self.suppressed_logits(suppressed, perturbed(shown, target, perturbation)))
         entry |= {"classes": classes, "perturbations": len(each)}
         return {one: torch.cat(answers[one]) for one in classes}
 
@@ -237,13 +235,13 @@ class Run:
         towards = [classes[n // len(networks) % len(classes)] for n in range(self.config.perturbations)]
         parts = [(network, towards[n :: len(networks)]) for n, network in enumerate(networks)]
 
-        def perturbed(entry: dict[str, Any]) -> StageState:
+        def made(entry: dict[str, Any]) -> StageState:
             given = [(network, part) for network, part in parts if part]
             size, steps = config.perturbation_size, config.perturbation_steps
-            made = [self.perturbations("perturb", network, part, self.learning, size, steps) for network, part in given]
-            return StageState({"perturbations": torch.cat(made)})
+            each = [self.perturbations("perturb", network, part, self.learning, size, steps) for network, part in given]
+            return StageState({"perturbations": torch.cat(each)})
 
-        found = self.once("perturb", perturbed).tensors["perturbations"].to(self.device)
+        found = self.once("perturb", made).tensors["perturbations"].to(self.device)
         if target is not None and evidence.by_wave:
             wave = max((wave for wave in self.waves if wave.target == target), key=lambda wave: wave.contrast)
             found = torch.cat([found, wave.picture.expand_as(found)])
@@ -256,8 +254,7 @@ class Run:
         found = {}
         with masked(network, self.sites, torch.ones_like(self.magnitude), how=self.how):
             for target, perturbation in zip(targets, perturbations, strict=True):
-                others = of_other_classes(learning, target)
-                images = DefenceSet(others.images + perturbation, others.labels)
+                images = perturbed(learning, target, perturbation)
                 logits = predict(network, images, self.config.batch_size, self.device)
                 found[target] = float((logits.argmax(1) == target).double().mean())
         return found

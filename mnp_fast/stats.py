@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
@@ -25,7 +24,7 @@ from mnp_fast.memory import kept
 from mnp_fast.ops import channel_magnitude, samples
 from mnp_fast.ops.op_channel_magnitude import DTYPES
 from mnp_fast.sites import Site, site_names, site_parameter, total_neurons, undisturbed
-from mnp_fast.walk import Walk
+from mnp_fast.walk import Walk, losses_of
 
 _BUDGET = 256 << 20
 """Bytes that the values of all removals that run at once may take."""
@@ -153,7 +152,7 @@ class _Pass:
         self.pictures = len(images)
         self.calls: list[list[tuple[torch.Size, Tensor]]] = [[] for _ in sites]
         samples.watch(mask, lambda site, shape, rows: self.calls[site].append((shape, rows)))
-        loss = _losses(run(images, mask), labels).sum()
+        loss = losses_of(run(images, mask), labels).sum()
         (self.gradient,) = torch.autograd.grad(loss, mask)
 
     def by_picture(self, number: int, site: Site, order: Callable[[int], bool | None]) -> Tensor | None:
@@ -198,7 +197,7 @@ def _by_picture(passes: Sequence[_Pass], sites: Sequence[Site], walk: Callable[[
 
 def _one_by_one(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """The same by one backward pass a picture."""
-    losses = _losses(logits, labels)
+    losses = losses_of(logits, labels)
     return torch.stack([torch.autograd.grad(loss, mask, retain_graph=True)[0] for loss in losses])
 
 
@@ -236,11 +235,11 @@ def exact_saliency(
         if run is not None and run.independent:
             changes = _removed(run, sites, images, labels, chosen)
         else:
-            before = _losses(logits_of(net(images)), labels).mean()
+            before = losses_of(logits_of(net(images)), labels).mean()
             changes = torch.zeros(len(chosen), dtype=before.dtype, device=before.device)
             for i, neuron in enumerate(chosen.tolist()):
                 mask[neuron] = 0.0
-                changes[i] = _losses(logits_of(net(images)), labels).mean() - before
+                changes[i] = losses_of(logits_of(net(images)), labels).mean() - before
                 mask[neuron] = 1.0
     return changes[places].float()
 
@@ -289,16 +288,6 @@ def _program(
     return program(
         how.captured, model, sites, ones, batch_statistics=False, dtype=how.dtype, packed=packed, joined=joined
     )
-
-
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every picture, (b,) float64."""
-    if int(labels.max()) >= logits.shape[1]:
-        raise DataError(
-            f"the labels go up to {int(labels.max())}, but the model has {logits.shape[1]} classes: number the labels "
-            "as in training."
-        )
-    return F.cross_entropy(logits.double(), labels, reduction="none")
 
 
 def _check_labels(images: Tensor, labels: Tensor) -> None:

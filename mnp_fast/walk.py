@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from mnp_fast.errors import DataError
 from mnp_fast.graph.program import Program, products_in
 from mnp_fast.sites import Site
 
@@ -291,9 +292,19 @@ class _Spy:
         return seen
 
 
+def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each picture, (pictures,) float64; DataError where a label is none of the classes."""
+    if int(labels.max()) >= logits.shape[1]:
+        raise DataError(
+            f"the labels go up to {int(labels.max())}, but the model has {logits.shape[1]} classes: number the labels "
+            "as in training."
+        )
+    return F.cross_entropy(logits.double(), labels, reduction="none")
+
+
 def _losses(logits: Tensor, labels: Tensor, times: int) -> Tensor:
     """Cross-entropy summed over the pictures, (times,); logits: (times * pictures, classes). float64."""
-    return F.cross_entropy(logits.double(), labels.repeat(times), reduction="none").view(times, -1).sum(1)
+    return losses_of(logits, labels.repeat(times)).view(times, -1).sum(1)
 
 
 def _flat(value: Any) -> Iterator[Any]:

@@ -204,9 +204,9 @@ def test_another_run_is_refused(model: nn.Module, whole: Path) -> None:
         assert name.split(",")[0] in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "other"), [("__version__", "0.0.0"), ("_sources", lambda: "0" * 16)])
+@pytest.mark.parametrize(("name", "other"), [("__version__", "0.0.0"), ("_SOURCES", "0" * 16)])
 def test_another_version_is_refused(
-    model: nn.Module, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str, other: Any
+    model: nn.Module, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str, other: str
 ) -> None:
     monkeypatch.setattr(checkpoint, name, other)
     with pytest.raises(ConfigError, match=r"different: mnp_fast\)"):

@@ -6,12 +6,13 @@ import random
 from collections import UserDict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from mnp_fast.data import MIN_PICTURES, DefenceSet, _memory_limit, check_model, collect, logits_of
 from mnp_fast.errors import ConfigError, DataError, MnpFastError, ModelError
@@ -110,6 +111,13 @@ def test_dtypes(given: torch.dtype, kept: torch.dtype) -> None:
     assert torch.equal(data.images, X.to(given).to(kept))
 
 
+@pytest.mark.parametrize("given", [X.numpy()[:, ::-1], X.numpy().astype(">f4")])
+def test_arrays_that_torch_does_not_take(given: Any) -> None:
+    found = collect([(given, Y)]).images.numpy()
+    assert found.dtype == np.float32
+    assert np.array_equal(found, given)
+
+
 def test_a_loader_that_reuses_its_buffer_is_read_rightly() -> None:
     class Reusing:
         def __iter__(self):
@@ -131,10 +139,13 @@ class Augmented(Dataset):
         return X[i] + random.random() + np.random.rand() + torch.rand(()), Y[i]  # noqa: NPY002
 
 
-@pytest.mark.parametrize("own_generator", [False, True])
-def test_the_same_seed_reads_a_shuffling_loader_alike_and_leaves_random_states_alone(own_generator: bool) -> None:
-    generator = torch.Generator().manual_seed(5) if own_generator else None
-    loader = DataLoader(Augmented(), batch_size=16, shuffle=True, generator=generator)
+@pytest.mark.parametrize("own", ["", "generator", "batch sampler"])
+def test_the_same_seed_reads_a_shuffling_loader_alike_and_leaves_random_states_alone(own: str) -> None:
+    generator = torch.Generator().manual_seed(5) if own else None
+    loader: DataLoader[Any] = DataLoader(Augmented(), batch_size=16, shuffle=True, generator=generator)
+    if own == "batch sampler":
+        sampler = RandomSampler(Augmented(), generator=generator)
+        loader = DataLoader(Augmented(), batch_sampler=BatchSampler(sampler, 16, drop_last=False))
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     first, again, other = collect(loader, seed=3), collect(loader, seed=3), collect(loader, seed=4)
     assert torch.equal(first.images, again.images)
@@ -179,6 +190,17 @@ def test_split_keeps_to_the_shares_of_unequal_classes() -> None:
     labels = torch.tensor([0] * 300 + [1] * 90 + [2] * 9 + [5])
     held = DefenceSet(torch.zeros(400, 1), labels).split(0.25, torch.Generator())[1]
     assert torch.bincount(held.labels, minlength=6).tolist() == [75, 23, 2, 0, 0, 0]
+
+
+def test_split_of_few_pictures_a_class_does_not_hold_back_the_lowest_classes() -> None:
+    labels = torch.arange(400) % 100
+    first, other = (
+        DefenceSet(torch.zeros(400, 1), labels).split(0.2, torch.Generator().manual_seed(seed))[1] for seed in (0, 1)
+    )
+    assert torch.bincount(first.labels, minlength=100).max() == 1
+    assert len(first) == 80
+    assert first.labels.max() > 90
+    assert not torch.equal(first.labels.sort().values, other.labels.sort().values)
 
 
 def test_split_of_one_picture_a_class_still_holds_back_the_share() -> None:

@@ -195,7 +195,7 @@ def test_no_model_is_ever_called_clean() -> None:
 
 def test_from_logits_to_verdict() -> None:
     config = PruneConfig(suspicion_score=0.5, evidence_score=0.7)
-    labels = torch.arange(10) % 4
+    labels = torch.arange(10) % 5
     plain = answers([2, 2, 4, 1, 1])
     assert verdict(
         Evidence((weigh(plain, labels, {2: answers([1, 1, 8, 0, 0])}, 0.5, {0: 0.0}, None, True),)), config
@@ -215,6 +215,14 @@ def test_from_logits_to_verdict() -> None:
         NONE_FOUND,
         None,
     )
+
+
+def test_pictures_of_few_classes_are_at_most_suspicious() -> None:
+    logits, perturbed = answers([2, 2, 4, 1, 1]), {2: answers([1, 1, 8, 0, 0])}
+    config = PruneConfig(suspicion_score=0.5, evidence_score=0.7)
+    found = [weigh(logits, torch.arange(10) % n, perturbed, 0.5, {0: 0.0}, None, True) for n in (4, 5)]
+    assert [look.classes for look in found] == [4, 5]
+    assert [verdict(Evidence((look,)), config)[0] for look in found] == [SUSPICIOUS, EVIDENCE]
 
 
 def test_few_classes_are_at_most_suspicious() -> None:
@@ -237,7 +245,7 @@ def test_a_share_right_at_the_bound_counts(share: float) -> None:
         (
             weigh(
                 answers([4, *[1] * (100 - top)]),
-                torch.zeros(104 - top, dtype=torch.int64),
+                torch.arange(104 - top) % 5,
                 {0: perturbed},
                 0.5,
                 {0: 0.0},
@@ -297,9 +305,9 @@ def test_the_precaution_goes_by_the_bound_of_evidence() -> None:
 
 def test_the_precaution_is_at_least_a_fifth_where_the_search_pulls_nearly_all() -> None:
     config = PruneConfig(suspicion_score=0.8, evidence_score=0.8)
-    found = changed(evidence(0.1), searched_share=0.95)
+    found = changed(evidence(0.1), searched_share=0.85)
     assert repair_strength(found, config) == pytest.approx(0.2)
-    assert repair_strength(changed(found, searched_share=0.949), config) == 0.0
+    assert repair_strength(changed(found, searched_share=0.849), config) == 0.0
     assert repair_strength(changed(found, batch_norms=False), config) == 0.0  # clean ViTs are pulled whole too
     assert repair_strength(changed(evidence(0.46), searched_share=1.0), config) == pytest.approx(0.5)
     first, other = found.looks[0], replace(look(0.1), searched_share=0.2)

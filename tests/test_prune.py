@@ -182,7 +182,7 @@ def test_far_from_suspicion_the_model_stays_as_it_is(model: nn.Module, monkeypat
     monkeypatch.setattr(
         run_module,
         "weigh",
-        lambda *args: replace(inner(*args), perturbed_share=0.4, transferred_share=0.0, searched_share=0.9),
+        lambda *args: replace(inner(*args), perturbed_share=0.4, transferred_share=0.0, searched_share=0.8),
     )
     result = run(model, config=SHORT)
     assert result.evidence["score"] == 0.4
@@ -294,6 +294,23 @@ def test_repaired_with_the_suspect_or_else_gently_with_the_class_that_was_search
     assert result.run["repair_strength"] == pytest.approx(1.0 if suspected else 0.5)
     for field in fields(settings):
         assert getattr(finetune[6], field.name) == pytest.approx(getattr(settings, field.name)), field.name
+
+
+class Projected(nn.Module):
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.plain, self.projector = plain, nn.BatchNorm1d(4)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.plain(images)
+
+
+def test_a_norm_that_is_never_called_does_not_count() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
+    network = Projected(taught(plain))
+    (look,) = mnp_fast.scan(network, loader(), replace(SHORT, looks=1), progress=False).evidence["looks"]
+    assert look["batch_norms"] is False
 
 
 def test_of_classes_that_are_pulled_alike_the_one_that_fools_the_model_is_searched(
@@ -552,6 +569,12 @@ def test_the_callers_modes_make_no_difference(original: nn.Module, usual: PruneR
         assert torch.get_default_device() == torch.device("meta")
     finally:
         torch.set_default_device(None)
+    with torch.device("meta"):
+        assert same(run(original, given), usual)
+        assert torch.empty(0).is_meta
+    assert not torch.empty(0).is_meta
+    torch.set_default_device(None)
+    assert not torch.empty(0).is_meta
     with torch.autocast("cpu", torch.bfloat16):
         assert same(run(original, given), usual)
         assert torch.is_autocast_enabled("cpu")

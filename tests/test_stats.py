@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from networks import ARCHITECTURES, SMALL, Stranger, logits, make, randomize, snapshot
 from torch import Tensor, nn
 
+from mnp_fast.errors import DataError
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import MODULES, Execution, masked, prune_
 from mnp_fast.sites import Site, find_sites, total_neurons
@@ -263,6 +264,13 @@ def spread(sites: Any, each: int) -> Tensor:
     parts = [site.offset + torch.randperm(site.neurons, generator=generator)[:each] for site in sites]
     chosen = torch.cat([*parts, parts[0][:1]])
     return chosen[torch.randperm(len(chosen), generator=generator)]
+
+
+@pytest.mark.parametrize("how", [None, MODULES])
+def test_exact_saliency_of_labels_that_the_model_does_not_have(how: Any) -> None:
+    model, sites, images, labels = found(next(iter(OWN)))
+    with pytest.raises(DataError, match="number the labels as in training"):
+        exact_saliency(model, sites, images, labels + 1000, torch.arange(2), how=how)
 
 
 @pytest.mark.parametrize("name", ALL)
