@@ -134,6 +134,8 @@ def main(args: argparse.Namespace) -> None:
     device = device_of(args)
     source: Source = zoo.read(args.zoo) if args.zoo else Folder(args.models, dict(_pairs(args.data)))
     names = source.names()
+    if not names:
+        raise SystemExit(f"{args.zoo or args.models} has no networks: name a folder that the command train wrote")
     if unknown := sorted(set(args.cases or ()) - set(names)):
         raise SystemExit(f"there are no cases {', '.join(unknown)}; there are {', '.join(names) or 'none at all'}")
     overrides = config_overrides(args.config)
@@ -270,6 +272,8 @@ def _oracle(case: Case, repair: Repair, before: Measured, test: tuple[Tensor, Te
     assert repair.order is not None
     plain = copy.deepcopy(case.model).eval()
     sites = find_sites(plain, case.preprocess(test[0][:2].float() / 255))
+    if len(repair.order) != total_neurons(sites):
+        return {}  # Fine-Pruning: an order of the classifier's inputs alone
     best: tuple[float, int, Measured] | None = None
     for count in oracle_counts(len(repair.order), repair.pruned):
         keep = torch.ones(total_neurons(sites), dtype=torch.bool)

@@ -3,8 +3,8 @@
 python -m benchmarks.defense table FILE... [--by attack|method|network|data|pictures|shift|config] [--write [FILE]]
 
 Written are the tables between <!-- benchmark:defense-NAME --> and <!-- /benchmark --> of docs/results.md: cases,
-methods, magnitudes, clean, detection, pictures, curve, shifts, configs. Methods and settings are compared on the
-networks and seeds that all of them have.
+methods, magnitudes, clean, detection, pictures, curve, shifts, configs; those without any row are left as they are.
+Methods and settings are compared on the networks and seeds that all of them have.
 """
 
 from __future__ import annotations
@@ -50,13 +50,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the tables, or write them."""
     contents = [results_file.load(file) for file in args.files]
-    rows = list({key(row): row for content in contents for row in content["rows"]}.values())
+    by_job: dict[Any, Row] = {}
+    for row in (row for content in contents for row in content["rows"]):
+        before = by_job.setdefault(key(row), row)["acc_before"]
+        if before != row["acc_before"]:
+            raise SystemExit(
+                f"two networks are named {row['case']} (accuracy {before:.4f} and {row['acc_before']:.4f}): "
+                "give their files one at a time"
+            )
+        by_job[key(row)] = row
+    rows = list(by_job.values())
     out = console()
     if args.by:
         out.print(methods_table(rows, args.by), markup=False)
         return
     where = "\n".join(dict.fromkeys(described(content["environment"]) for content in contents))
-    found = {f"{args.section}-{name}": f"{where}\n\n{text}" for name, text in tables(rows, args.method).items()}
+    filled = {name: text for name, text in tables(rows, args.method).items() if len(text.splitlines()) > 2}
+    found = {f"{args.section}-{name}": f"{where}\n\n{text}" for name, text in filled.items()}
     if args.write is None:
         for name, text in found.items():
             out.print(f"{name}\n\n{text}\n", markup=False)

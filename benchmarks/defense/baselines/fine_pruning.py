@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.defense.baselines.common import Method, Order, Run, ranked
 from benchmarks.defense.baselines.training import train_
+from mnp_fast.errors import ModelError
 from mnp_fast.optimize import predict
 from mnp_fast.sites import Site
 
@@ -43,7 +44,9 @@ def mean_inputs(run: Run) -> tuple[str, Tensor]:
         for handle in handles:
             handle.remove()
     if not last:
-        raise SystemExit("Fine-Pruning ranks the inputs of a linear classifier, and this network has none")
+        raise ModelError(
+            "Fine-Pruning ranks the inputs of a linear classifier, and this network has none; leave it out"
+        )
     return last, sums[last] / len(run.learning)
 
 
