@@ -39,9 +39,15 @@ IDENTITY = (
 
 
 def load(file: Path) -> dict[str, Any]:
-    """The content of a results file."""
-    content: dict[str, Any] = json.loads(file.read_text())
-    return content
+    """The content of a results file. SystemExit where there is none."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+        if {"environment", "rows"} <= content.keys():
+            return content
+        reason = "it has no environment and rows"
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error)
+    raise SystemExit(f"{file} is no results file ({reason}): name one that a benchmark wrote")
 
 
 def save(file: Path, benchmark: str, environment: Mapping[str, Any], rows: Sequence[Row]) -> Path:
@@ -53,7 +59,10 @@ def save(file: Path, benchmark: str, environment: Mapping[str, Any], rows: Seque
         file = FOLDER / benchmark / f"{environment_key(environment)}.json"
     old: dict[str, Any] = load(file) if file.exists() else {"environment": environment, "rows": []}
     if not same_environment(old["environment"], environment):
-        raise SystemExit(f"{file} was measured in another environment: name another file")
+        was = old["environment"]
+        common = sorted(was.keys() & environment.keys() - {"date"})
+        differing = [name for name in common if was[name] != environment[name]]
+        raise SystemExit(f"{file} was measured in another environment ({', '.join(differing)}): name another file")
     new = {_identity(row) for row in rows}
     kept = [row for row in old["rows"] if _identity(row) not in new]
     dated = {**environment, "date": datetime.date.today().isoformat()}

@@ -144,8 +144,14 @@ def test_results_file_adds_replaces_and_refuses(tmp_path, monkeypatch) -> None:
     assert {key: content["environment"][key] for key in here} == here
     assert [(r["provider"], r["median_ms"]) for r in content["rows"]] == [("mnp_fast", 2.0), ("published", 1.0)]
     assert list(file.parent.iterdir()) == [file]
-    with pytest.raises(SystemExit, match="another environment"):
+    with pytest.raises(SystemExit, match=r"another environment \(torch\)"):
         results_file.save(file, "step", here | {"torch": "0"}, [row])
+    for text in ("", "[]", "{}", "[1"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(SystemExit, match=r"other\.json is no results file"):
+            results_file.load(tmp_path / "other.json")
+    with pytest.raises(SystemExit, match=r"none\.json is no results file"):
+        results_file.load(tmp_path / "none.json")
     monkeypatch.setattr(results_file.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         results_file.save(file, "step", here, [row])

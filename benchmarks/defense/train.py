@@ -90,6 +90,7 @@ class Job:
         name = case_name(network, attack_name, self.name, self.seed)
         file = self.out / f"{name}.safetensors"
         if file.exists():
+            print(f"{name}  is there already and left as it is, whatever it was trained with", flush=True)
             return file
         clean = self.clean(network) if attack and attack.needs_clean else None
         start = time.perf_counter()

@@ -400,3 +400,32 @@ def test_tables_are_written_between_markers(tmp_path: Path, capsys: pytest.Captu
     assert "defense-detection" in capsys.readouterr().out
     table.main(parser.parse_args([str(file), "--by", "attack"]))
     assert "| badnets | mnp | 2 |" in capsys.readouterr().out
+
+
+def test_tables_without_rows_stay_as_they_are(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    table.add_arguments(parser)
+    file, page = tmp_path / "rows.json", tmp_path / "page.md"
+    for row in ROWS:
+        run.append(file, row | {"pictures": 100})
+    page.write_text("<!-- benchmark:defense-cases -->\nold\n<!-- /benchmark -->\n")
+    table.main(parser.parse_args([str(file), "--write", str(page)]))
+    assert "old" in page.read_text()
+
+
+def test_two_networks_of_one_name_are_not_mixed(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    table.add_arguments(parser)
+    files = [tmp_path / name for name in ("one.json", "other.json")]
+    run.append(files[0], ROWS[0])
+    run.append(files[1], ROWS[0] | {"acc_before": 0.125})
+    with pytest.raises(SystemExit, match=r"two networks are named .* \(accuracy 0\.\d+ and 0\.1250\)"):
+        table.main(parser.parse_args([str(file) for file in files]))
+
+
+def test_a_folder_without_networks_is_said(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    args = parser.parse_args(["--models", str(tmp_path), "--data", "a=b", "--json", str(tmp_path / "rows.json")])
+    with pytest.raises(SystemExit, match="has no networks"):
+        run.main(args)
