@@ -18,6 +18,9 @@ SUSPICIOUS = "suspicious"
 NONE_FOUND = "no evidence found"
 FEWEST_CLASSES = 5
 """With fewer, clean networks collapse into one class too (seen with 2 to 4): suspicion is then all there can be."""
+FEWEST_PICTURES = 150
+"""With fewer all looks are at the same ones, and what these say is not averaged out: of twelve clean runs with 100 five
+had a score of .65 and more, two of them .75 and more."""
 _SPARED, _MINDED = 0.4, 0.75
 """Shares of `evidence_score` at which the precaution begins and is whole."""
 _FOUND, _LEAST = 0.85, 0.2
@@ -33,18 +36,20 @@ the trigger is found at all, from .38 on."""
 class Look:
     """What one suppressed model says of clean pictures, as they are and with universal perturbations.
 
-    classes: how many the network has, or of how many there are pictures where these are fewer. collapse_share: the
-    share of all clean pictures that it puts into the class it predicts most often; second_share: the share of the class
-    after it; suppressed_loss: its mean cross-entropy in nats. searched_class: the class that a small perturbation pulls
-    into best; searched_share: the share of learning pictures of other classes that it pulls; pulled_class: that class
-    or the one it predicts most often, into whichever perturbations for evidence pull better; perturbed_share: the share
-    of pictures of other classes that it puts there once they are perturbed, mean over the perturbations.
-    transferred_class: the class whose small perturbation fools the model itself best; transferred_share: the share of
-    pictures of other classes that the model puts there with it; transferred_second: the same of the class after it.
-    wave_class and wave_contrast: the class and the contrast of the wave whose phase matters most to the model itself
-    (`mnp_fast.waves`; None and 0 where no waves were tried). batch_norms: whether the network has any BatchNorm.
+    pictures: how many clean ones it is of. classes: how many the network has, or of how many there are pictures where
+    these are fewer. collapse_share: the share of all clean pictures that it puts into the class it predicts most often;
+    second_share: the share of the class after it; suppressed_loss: its mean cross-entropy in nats. searched_class: the
+    class that a small perturbation pulls into best; searched_share: the share of learning pictures of other classes
+    that it pulls; pulled_class: that class or the one it predicts most often, into whichever perturbations for evidence
+    pull better; perturbed_share: the share of pictures of other classes that it puts there once they are perturbed,
+    mean over the perturbations. transferred_class: the class whose small perturbation fools the model itself best;
+    transferred_share: the share of pictures of other classes that the model puts there with it; transferred_second: the
+    same of the class after it. wave_class and wave_contrast: the class and the contrast of the wave whose phase matters
+    most to the model itself (`mnp_fast.waves`; None and 0 where no waves were tried). batch_norms: whether the network
+    has any BatchNorm.
     """
 
+    pictures: int
     classes: int
     collapse_share: float
     second_share: float
@@ -202,6 +207,7 @@ def weigh(
     shares = counts.double() / len(labels)
     top = shares.topk(2)
     return Look(
+        pictures=len(labels),
         classes=min(len(counts), len(labels.unique())),
         collapse_share=float(top.values[0]),
         second_share=float(top.values[1]),
@@ -222,7 +228,8 @@ def weigh(
 def verdict(evidence: Evidence, config: PruneConfig) -> tuple[str, int | None]:
     """(verdict, suspected target class or None). Never "clean": at best no evidence was found."""
     # Few networks without BatchNorm have been seen, so that these too are never more than suspicious.
-    if evidence.score >= config.evidence_score and evidence.batch_norms and evidence.classes >= FEWEST_CLASSES:
+    enough = evidence.classes >= FEWEST_CLASSES and evidence.looks[0].pictures >= FEWEST_PICTURES
+    if evidence.score >= config.evidence_score and evidence.batch_norms and enough:
         return EVIDENCE, evidence.suspect
     if evidence.score >= config.suspicion_score:
         return SUSPICIOUS, evidence.suspect

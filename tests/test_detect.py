@@ -38,6 +38,7 @@ def answers(counts: list[int]) -> Tensor:
 
 def look(share: float, target: int = 3, batch_norms: bool = True, transferred: float = 0.1, wave: float = 0.0) -> Look:
     return Look(
+        pictures=500,
         classes=10,
         collapse_share=0.3,
         second_share=0.0,
@@ -57,6 +58,10 @@ def look(share: float, target: int = 3, batch_norms: bool = True, transferred: f
 
 def evidence(*args: Any, **kwargs: Any) -> Evidence:
     return Evidence((look(*args, **kwargs),))
+
+
+def of_many(found: Look) -> Evidence:
+    return Evidence((replace(found, pictures=500),))
 
 
 def changed(found: Evidence, **fields: Any) -> Evidence:
@@ -197,21 +202,15 @@ def test_from_logits_to_verdict() -> None:
     config = PruneConfig(suspicion_score=0.5, evidence_score=0.7)
     labels = torch.arange(10) % 5
     plain = answers([2, 2, 4, 1, 1])
-    assert verdict(
-        Evidence((weigh(plain, labels, {2: answers([1, 1, 8, 0, 0])}, 0.5, {0: 0.0}, None, True),)), config
-    ) == (
+    assert verdict(of_many(weigh(plain, labels, {2: answers([1, 1, 8, 0, 0])}, 0.5, {0: 0.0}, None, True)), config) == (
         EVIDENCE,
         2,
     )
-    assert verdict(
-        Evidence((weigh(plain, labels, {2: answers([2, 2, 6, 0, 0])}, 0.5, {0: 0.0}, None, True),)), config
-    ) == (
+    assert verdict(of_many(weigh(plain, labels, {2: answers([2, 2, 6, 0, 0])}, 0.5, {0: 0.0}, None, True)), config) == (
         SUSPICIOUS,
         2,
     )
-    assert verdict(
-        Evidence((weigh(plain, labels, {2: answers([8, 0, 2, 0, 0])}, 0.5, {0: 0.0}, None, True),)), config
-    ) == (
+    assert verdict(of_many(weigh(plain, labels, {2: answers([8, 0, 2, 0, 0])}, 0.5, {0: 0.0}, None, True)), config) == (
         NONE_FOUND,
         None,
     )
@@ -222,12 +221,19 @@ def test_pictures_of_few_classes_are_at_most_suspicious() -> None:
     config = PruneConfig(suspicion_score=0.5, evidence_score=0.7)
     found = [weigh(logits, torch.arange(10) % n, perturbed, 0.5, {0: 0.0}, None, True) for n in (4, 5)]
     assert [look.classes for look in found] == [4, 5]
-    assert [verdict(Evidence((look,)), config)[0] for look in found] == [SUSPICIOUS, EVIDENCE]
+    assert [verdict(of_many(look), config)[0] for look in found] == [SUSPICIOUS, EVIDENCE]
 
 
 def test_few_classes_are_at_most_suspicious() -> None:
     found = weigh(answers([0, 10, 0, 0]), torch.arange(10) % 4, {1: answers([0, 10, 0, 0])}, 0.5, {0: 0.0}, None, True)
     assert verdict(Evidence((found,)), PruneConfig()) == (SUSPICIOUS, 1)
+
+
+def test_of_few_pictures_it_is_at_most_suspicious() -> None:
+    assert verdict(changed(evidence(0.9), pictures=149), PruneConfig()) == (SUSPICIOUS, 3)
+    assert verdict(changed(evidence(0.9), pictures=150), PruneConfig()) == (EVIDENCE, 3)
+    first, other = replace(look(0.9), pictures=150), replace(look(0.9), pictures=75)  # a part of them
+    assert verdict(Evidence((first, other)), PruneConfig()) == (EVIDENCE, 3)
 
 
 def test_networks_without_batch_norms_go_by_what_transfers() -> None:
@@ -241,17 +247,15 @@ def test_networks_without_batch_norms_go_by_what_transfers() -> None:
 def test_a_share_right_at_the_bound_counts(share: float) -> None:
     top = round(100 * share)
     perturbed = answers([top, *[1] * (100 - top)])
-    found = Evidence(
-        (
-            weigh(
-                answers([4, *[1] * (100 - top)]),
-                torch.arange(104 - top) % 5,
-                {0: perturbed},
-                0.5,
-                {0: 0.0},
-                None,
-                True,
-            ),
+    found = of_many(
+        weigh(
+            answers([4, *[1] * (100 - top)]),
+            torch.arange(104 - top) % 5,
+            {0: perturbed},
+            0.5,
+            {0: 0.0},
+            None,
+            True,
         )
     )
     assert verdict(found, PruneConfig(suspicion_score=share, evidence_score=share)) == (EVIDENCE, 0)

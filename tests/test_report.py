@@ -16,7 +16,7 @@ from mnp_fast.detect import EVIDENCE, NONE_FOUND, SUSPICIOUS, Evidence, Look
 from mnp_fast.report import html
 from mnp_fast.result import PruneResult, ScanResult
 
-LOOK = Look(10, 0.6, 0.2, 9.5, 3, 8, 0.912, 8, 0.5, 0.125, 4, 0.25, True)
+LOOK = Look(500, 10, 0.6, 0.2, 9.5, 3, 0.5, 8, 0.912, 8, 0.5, 0.125, 4, 0.25, True)
 OTHER = replace(LOOK, pulled_class=3, perturbed_share=0.5, transferred_share=0.25, wave_contrast=0.0)
 FOUND = Evidence((LOOK, LOOK, OTHER))
 MASKS = {"layer.1": torch.tensor([0.0, 0.05, 0.3, 1.0]), "layer.2": torch.ones(3)}

@@ -24,7 +24,7 @@ from benchmarks.defense.baselines import (
     tsbd,
 )
 from benchmarks.defense.baselines.common import Run
-from mnp_fast import PruneConfig
+from mnp_fast import ModelError, PruneConfig
 from mnp_fast.data import DefenceSet
 from mnp_fast.optimize import predict
 from mnp_fast.select import drop_above
@@ -291,7 +291,7 @@ def test_dormant_neurons_go_first() -> None:
     assert working.head.weight[:, order[:4]].eq(0).all()
     assert working.head.weight[:, order[4:]].ne(0).all()
     layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    with pytest.raises(SystemExit, match="has none"):
+    with pytest.raises(ModelError, match="has none"):
         fine_pruning.rank(Run(nn.Sequential(*layers), data, 0, CONFIG))
 
 
