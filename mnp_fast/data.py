@@ -405,7 +405,7 @@ def _check_logits(logits: Tensor, batch: int) -> None:
 def _memory_limit() -> float:
     """A quarter of the memory of the machine or its container in bytes, or no limit where the system does not tell.
 
-    A quarter: pictures are held twice while batches are joined, and again when a part of them is held back.
+    A quarter: a run holds them up to 3.6 times: all, their two parts, a look's own part, and copies of other classes'.
     """
     found = []
     with contextlib.suppress(AttributeError, OSError, ValueError):
