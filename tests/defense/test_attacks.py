@@ -14,6 +14,7 @@ from benchmarks.defense.attacks import ATTACKS, Attack, make
 from benchmarks.defense.attacks.adaptive import distance
 from benchmarks.defense.attacks.base import CLEAN, CROSS, POISONED
 from benchmarks.defense.attacks.bpp import dither
+from benchmarks.defense.attacks.input_aware import InputAware
 from benchmarks.defense.attacks.lf import cosines
 from benchmarks.defense.attacks.surrogate import features, last_linear
 from benchmarks.defense.case import load
@@ -195,6 +196,20 @@ def test_input_aware_triggers_differ_and_train_the_generator() -> None:
     nothing, _ = attack.poison(images, labels, torch.zeros_like(marks))
     assert torch.equal(nothing, images)
     assert attack.penalty(nn.Module()) is None
+
+
+def test_input_aware_places_are_learned_first_and_few() -> None:
+    attack = make("input_aware", classes=3, steps=60)
+    assert isinstance(attack, InputAware)
+    data = pictures()
+    torch.manual_seed(0)
+    attack.prepare(data.train_images, data.train_labels, None, torch.Generator().manual_seed(1))
+    images = data.test_images.float() / 255
+    share = float(attack.places(images).mean())
+    assert 0.01 < share < 0.15
+    assert not {id(parameter) for parameter in attack.places.parameters()} & {id(p) for p in attack.parameters()}
+    # A trigger goes by its picture alone, whatever stands beside it.
+    torch.testing.assert_close(attack.apply(images[:1]), attack.apply(images)[:1], atol=1.1 / 255, rtol=0)
 
 
 def test_head_changes_only_its_slices(tmp_path: Path) -> None:
