@@ -32,7 +32,7 @@ test: env
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 sanitize: env
-	@PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(abspath $(BIN))/python scripts/sanitize.sh $(ARGS)
+	@PATH="$(abspath $(BIN)):$$PATH" PYTHON="$(abspath $(BIN))/python" scripts/sanitize.sh $(ARGS)
 
 lint: env
 	$(BIN)/python -m ruff check $(PY_FILES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
+OLDEST_CMAKE = (3, 25)
 # Without PYTHONPATH and PYTHONNOUSERSITE, by which pip hides the packages of the environment that is installed into.
 FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
 
@@ -51,18 +53,29 @@ def find_torch() -> Path:
     return Path(folder)
 
 
-def find_tool(name: str) -> str:
-    """Path of a program of the build, beside the interpreter or on PATH."""
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    if found is None:
-        raise SetupError(f"the build needs {name}: pip install cmake ninja")
-    return found
+def find_tool(name: str, oldest: tuple[int, int] = (0, 0)) -> str:
+    """Path of a program of the build, beside the interpreter or on PATH, that is new enough."""
+    for place in (str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)):
+        found = shutil.which(name, path=place)
+        if found and version_of(found) >= oldest:
+            return found
+    newer = f" {oldest[0]}.{oldest[1]} or newer" if any(oldest) else ""
+    raise SetupError(f"the build needs {name}{newer}: pip install cmake ninja")
+
+
+def version_of(program: str) -> tuple[int, ...]:
+    """Its first two numbers, as it says itself; (0, 0) where it does not."""
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"(\d+)\.(\d+)", said)
+    return tuple(int(part) for part in found.groups()) if found else (0, 0)
 
 
 class CMakeBuild(build_ext):
     """Runs CMake, which puts all libraries into the package: of the source folder if editable, else of the wheel."""
 
     def run(self) -> None:
+        if sys.platform != "linux":
+            raise SetupError(f"mnp_fast is built and tested on Linux alone, and this is {sys.platform}")
         settings = load_settings()
         torch_folder = find_torch()
         editable = self.inplace or getattr(self, "editable_mode", False)
@@ -70,17 +83,16 @@ class CMakeBuild(build_ext):
         work = Path(self.build_temp).resolve() / "native"
         for directory in (output, work):
             directory.mkdir(parents=True, exist_ok=True)
-        # A library that this build leaves out must not stay behind from an earlier one.
-        for stale in output.glob("libmnp_fast_*.so"):
-            stale.unlink()
-        cmake, ninja = find_tool("cmake"), find_tool("ninja")
+        made = work / "lib"
+        shutil.rmtree(made, ignore_errors=True)
+        cmake, ninja = find_tool("cmake", OLDEST_CMAKE), find_tool("ninja")
         # Fresh, because the tools of an isolated build are gone, and their paths stale, at the next one.
         configure = [cmake, "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(work)]
         configure += [
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DMNP_TORCH_DIR={torch_folder}",
-            f"-DMNP_OUTPUT_DIR={output}",
+            f"-DMNP_OUTPUT_DIR={made}",
             f"-DMNP_VERSION={self.distribution.get_version()}",
             f"-DMNP_FAST_CUDA={settings.read('MNP_FAST_CUDA')}",
             f"-DMNP_FAST_CUDA_ARCHS={settings.read('MNP_FAST_CUDA_ARCHS')}",
@@ -90,6 +102,15 @@ class CMakeBuild(build_ext):
                 subprocess.run(command, check=True)
             except subprocess.CalledProcessError as error:
                 raise SetupError(f"the native build failed ({error}); its own message is above") from None
+        # Only now: what was there works until it is replaced. A library that is left out now must not stay behind.
+        for stale in output.glob("libmnp_fast_*.so"):
+            if not (made / stale.name).exists():
+                stale.unlink()
+        for library in made.glob("*.so"):
+            # Not over the old one: where the other is another file system, a process may have that mapped.
+            beside = output / f"{library.name}.new"
+            shutil.copy2(library, beside)
+            beside.replace(output / library.name)
 
     # CMake has put the libraries where they belong; setuptools has nothing to copy.
     def get_outputs(self) -> list[str]:
@@ -101,7 +122,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=find_packages(include=["mnp_fast", "mnp_fast.*"]),
-    package_data={"": ["py.typed", "*.html", "*.css", "*.js", "*.json"]},
+    package_data={"": ["py.typed", "*.html"]},
     ext_modules=[Extension("mnp_fast._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -25,6 +25,7 @@ from mnp_fast.graph.capture import capture
 from mnp_fast.io import model_tensors
 from mnp_fast.masked import Execution, masked, prune_
 from mnp_fast.memory import kept
+from mnp_fast.ops import registry
 from mnp_fast.optimize import (
     Trace,
     finetune_,
@@ -407,6 +408,7 @@ class Run:
             "config": asdict(self.config),
             "graph": self.how.captured is not None and (self.how.captured.reason or "captured"),
             "cuda_graphs": self.how.recorder is not None and (self.how.recorder.reason or "captured"),
+            "kernels": registry.running(self.device, torch.float32),
             "products": str(self.how.dtype or torch.float32).removeprefix("torch."),
         } | self.statistics()
 

@@ -10,6 +10,7 @@ packages, several gigabytes, are never fetched.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import glob
 import hashlib
 import os
@@ -18,7 +19,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +29,9 @@ OLDEST = (3, 11)
 TORCH, TORCHVISION = "torch==2.13.0", "torchvision==0.28.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 APART = ("torch", "torchvision")
+VERSION_OF_TORCH = "import importlib.metadata as m; print(m.version('torch'))"
+LIBRARIES = ("_native*.so", "libmnp_fast_cpu.so")
+VARIABLES = ("MNP_FAST_CUDA", "CXX", "CMAKE_", "CUDA", "NVCC_", "LDFLAGS")
 BUILT_FROM = ("setup.py", "CMakeLists.txt", "pyproject.toml", "csrc", "mnp_fast/settings.py")
 
 
@@ -49,25 +54,54 @@ def main() -> None:
     if not args.no_build:
         check_compiler()
     venv = args.venv.resolve()
+    with locked(ROOT / "build" / "bootstrap.lock"):
+        bring_up_to_date(venv, args.torch, built=not args.no_build)
+
+
+def bring_up_to_date(venv: Path, torch: str, *, built: bool) -> None:
+    """Make, install and build what is not there, or not of what it is made of now."""
     python = venv / "bin/python"
     make_venv(venv, python)
     packages = requirements()
-    stamp = venv / "mnp_fast-packages.stamp"
-    wanted = digest([Path(__file__)], [*packages, args.torch, sys.version])
-    if stamped(stamp) != wanted:
-        install_packages(python, packages, args.torch)
-        stamp.write_text(wanted)
-    if args.no_build:
+    wanted = digest([Path(__file__).resolve()], [*packages, torch, sys.version, str(without_gpu())])
+    with up_to_date(wanted, venv / "mnp_fast-packages.stamp") as done:
+        if not done:
+            install_packages(python, packages, torch)
+    if not built:
         return
-    # Beside what is built, not in the venv: an editable build stands in this tree, for one environment at a time.
-    stamp = ROOT / "build" / "bootstrap.stamp"
+    # An editable build stands in this tree, for one environment at a time, and is installed into that: a stamp in each.
     wanted = digest(sources(), [wanted, str(python), *toolchain()])
-    if stamped(stamp) != wanted:
-        # Gone while it is built: what failed half-way is not up to date, even once its sources are put back.
+    with up_to_date(wanted, ROOT / "build" / "bootstrap.stamp", venv / "mnp_fast-build.stamp") as done:
+        if not (done and all(any(ROOT.glob(f"mnp_fast/{name}")) for name in LIBRARIES)):
+            build(python)
+
+
+@contextmanager
+def up_to_date(wanted: str, *stamps: Path) -> Iterator[bool]:
+    """Whether all stamps say `wanted`; they do afterwards, unless what is done in between fails."""
+    if all(stamp.exists() and stamp.read_text() == wanted for stamp in stamps):
+        yield True
+        return
+    # Gone meanwhile: what failed half-way is not up to date, even once its sources are put back.
+    for stamp in stamps:
         stamp.unlink(missing_ok=True)
-        build(python)
+    yield False
+    for stamp in stamps:
         stamp.parent.mkdir(exist_ok=True)
         stamp.write_text(wanted)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """One at a time: two calls would write into one environment."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another call to end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def make_venv(venv: Path, python: Path) -> None:
@@ -76,6 +110,12 @@ def make_venv(venv: Path, python: Path) -> None:
         python.exists()
         and subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
     ):
+        there = ask(python, "import sys; print('%d.%d' % sys.version_info[:2])")
+        if there != f"{sys.version_info[0]}.{sys.version_info[1]}":
+            fail(
+                f"{venv} is of Python {there}, and this is {platform.python_version()}",
+                f"name that one (make PYTHON=python{there} ...), another place (make VENV=...), or remove {venv}",
+            )
         return
     try:
         import ensurepip  # noqa: F401
@@ -98,6 +138,10 @@ def install_packages(python: Path, packages: list[str], torch: str) -> None:
     say("installing packages")
     done = False
     if torch or not without_gpu():
+        # To pip a CPU build of the same version is what was asked for, and would stay.
+        if ask(python, VERSION_OF_TORCH).endswith("+cpu") and not torch.endswith("+cpu"):
+            call = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *APART]
+            must(subprocess.run(call, check=False).returncode == 0, "torch cannot be replaced", "see pip's message")
         must(
             pip(python, torch or TORCH), "torch cannot be installed", "see pip's message above; is an index reachable?"
         )
@@ -116,9 +160,7 @@ def install_packages(python: Path, packages: list[str], torch: str) -> None:
 
 def torchvision_for(python: Path) -> str:
     """The torchvision that belongs to the installed torch: 0.(m + 15) is built for 2.m."""
-    ask = "import importlib.metadata as m; print(m.version('torch'))"
-    version = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
-    return f"torchvision==0.{int(version.split('.')[1]) + 15}.*"
+    return f"torchvision==0.{int(ask(python, VERSION_OF_TORCH).split('.')[1]) + 15}.*"
 
 
 def install_cpu_torch(python: Path) -> list[str]:
@@ -138,10 +180,9 @@ def install_cpu_torch(python: Path) -> list[str]:
 
 def check_compiler() -> None:
     """Stop, before anything is fetched, where the package could not be built."""
-    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    if not any(shutil.which(name) for name in compilers):
+    if not any(shutil.which(name) for name in compilers()):
         fail(
-            f"no C++ compiler was found ({', '.join(compilers)})",
+            f"no C++ compiler was found ({', '.join(compilers())})",
             "install one (Debian and Ubuntu: apt install g++), or set CXX",
         )
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
@@ -150,6 +191,11 @@ def check_compiler() -> None:
             f"install them (Debian and Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev), "
             "or name another Python: make PYTHON=...",
         )
+
+
+def compilers() -> list[str]:
+    """Programs that may be the C++ compiler."""
+    return [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
 
 
 def build(python: Path) -> None:
@@ -165,7 +211,12 @@ def build(python: Path) -> None:
 
 def without_gpu() -> bool:
     """Whether there is no NVIDIA GPU, so that pip's plain torch would bring CUDA packages for nothing."""
-    return not shutil.which("nvidia-smi") and not glob.glob("/dev/nvidia[0-9]*")
+    if glob.glob("/dev/nvidia[0-9]*"):
+        return False
+    # There without a card, too, on machines that share a driver's image.
+    tool = shutil.which("nvidia-smi")
+    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False).stdout if tool else ""
+    return "GPU 0" not in listed
 
 
 def requirements() -> list[str]:
@@ -199,8 +250,13 @@ def sources() -> list[Path]:
 
 def toolchain() -> list[str]:
     """What decides how the package is built, beside its sources."""
-    variables = sorted(name for name in os.environ if name.startswith(("MNP_FAST_CUDA", "CXX", "CMAKE_", "CUDA")))
-    return [*(f"{name}={os.environ[name]}" for name in variables), str(shutil.which("nvcc"))]
+    variables = sorted(name for name in os.environ if name.startswith(VARIABLES))
+    # CMake finds CUDA there without a path to it.
+    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    programs = [shutil.which(name, path=places) for name in (*compilers(), os.environ.get("CUDACXX") or "nvcc")]
+    found = [os.path.realpath(program) for program in programs if program]
+    said = [subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout for path in found]
+    return [*(f"{name}={os.environ[name]}" for name in variables), *found, *said]
 
 
 def digest(files: Iterable[Path], words: Iterable[str]) -> str:
@@ -211,9 +267,9 @@ def digest(files: Iterable[Path], words: Iterable[str]) -> str:
     return value.hexdigest()
 
 
-def stamped(stamp: Path) -> str:
-    """What `stamp` says, or nothing."""
-    return stamp.read_text() if stamp.exists() else ""
+def ask(python: Path, code: str) -> str:
+    """What `code` prints in the environment; nothing where it fails."""
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def pip(python: Path, *words: str, quiet: bool = False) -> bool:

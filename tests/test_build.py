@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 from mnp_fast import settings
-from mnp_fast.ops import native
+from mnp_fast.ops import force_backend, force_cpu_isa, masked_affine, native, why_not
+from mnp_fast.ops.cpu_backend import usable_isas
 
 ROOT = Path(__file__).resolve().parents[1]
 CMAKE = (ROOT / "CMakeLists.txt").read_text()
@@ -149,28 +151,84 @@ def test_bootstrap_says_what_is_missing_before_anything_is_fetched(monkeypatch, 
         script.check_compiler()
 
 
-def test_a_build_that_failed_is_tried_again(monkeypatch, tmp_path):
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """(bootstrap in a tree of its own, what it does): "packages" and "build", which only note that they were called."""
     script = bootstrap()
-    builds = []
+    done = []
+    libraries = tmp_path / "mnp_fast"
 
-    def build(python):
-        builds.append(python)
-        if len(builds) == 2:
-            raise SystemExit(1)
+    def build(_):
+        done.append("build")
+        libraries.mkdir(exist_ok=True)
+        for name in script.LIBRARIES:
+            (libraries / name.replace("*", "")).touch()
 
-    for name in ("make_venv", "install_packages", "check_compiler"):
-        monkeypatch.setattr(script, name, lambda *_: None)
-    monkeypatch.setattr(script, "build", build)
     monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "make_venv", lambda venv, _: venv.mkdir(exist_ok=True))
+    monkeypatch.setattr(script, "install_packages", lambda *_: done.append("packages"))
+    monkeypatch.setattr(script, "build", build)
+    monkeypatch.setattr(script, "check_compiler", lambda: None)
     monkeypatch.setattr(script, "requirements", list)
-    monkeypatch.setattr(script, "digest", lambda files, words: "as it was" if len(builds) != 1 else "broken")
-    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "--venv", str(tmp_path)])
-    script.main()
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(script, "digest", lambda files, words: "\n".join(words))
+    monkeypatch.setattr(script, "toolchain", list)
+    monkeypatch.setattr(script, "sources", list)
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "--venv", str(tmp_path / "venv")])
+
+    def run():
+        done.clear()
         script.main()
-    script.main()
-    script.main()
-    assert len(builds) == 3
+        return list(done)
+
+    return script, run
+
+
+def test_what_is_up_to_date_is_left_alone(calls, tmp_path, monkeypatch):
+    script, run = calls
+    assert run() == ["packages", "build"]
+    assert run() == []
+    monkeypatch.setattr(script, "toolchain", lambda: ["another compiler"])
+    assert run() == ["build"]
+    monkeypatch.setattr(script, "without_gpu", lambda: "a card has come")
+    assert run() == ["packages", "build"]
+    (tmp_path / "mnp_fast" / "libmnp_fast_cpu.so").unlink()
+    assert run() == ["build"]
+    # An environment made anew at the same place has neither packages nor the editable install.
+    shutil.rmtree(tmp_path / "venv")
+    assert run() == ["packages", "build"]
+    assert run() == []
+
+
+@pytest.mark.parametrize(("step", "again"), [("build", ["build"]), ("install_packages", ["packages"])])
+def test_what_failed_is_tried_again_though_all_is_put_back(calls, monkeypatch, step, again):
+    script, run = calls
+    run()
+    with monkeypatch.context() as patch:
+        patch.setattr(script, step, lambda *_: sys.exit(1))
+        patch.setattr(script, "requirements" if step == "install_packages" else "toolchain", lambda: ["broken"])
+        with pytest.raises(SystemExit):
+            run()
+    assert run() == again
+
+
+def test_an_environment_of_another_python_is_not_taken_for_this_one(monkeypatch, tmp_path):
+    script = bootstrap()
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    script.make_venv(tmp_path, python)  # the same: left alone
+    monkeypatch.setattr(script.sys, "version_info", (3, 99, 0))
+    with pytest.raises(SystemExit, match=r"is of Python 3\.\d+, and this is"):
+        script.make_venv(tmp_path, python)
+
+
+def test_a_tool_that_is_too_old_is_passed_over(monkeypatch, tmp_path):
+    tool = tmp_path / "ninja"
+    tool.write_text("#!/bin/sh\necho 99.1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_setup(code="print(find_tool('ninja', (99, 0)))").stdout.strip() == str(tool)
+    assert "the build needs ninja 99.2 or newer" in run_setup(code="find_tool('ninja', (99, 2))").stderr
 
 
 def test_setup_reads_the_settings_of_the_package():
@@ -185,6 +243,36 @@ def test_defaults_of_cmake_are_those_of_the_settings():
 
 
 def test_no_check_is_left_out_in_ci() -> None:
-    """Tests of native code are skipped where it is not built; in CI that would hide a build that made nothing."""
+    """Tests are skipped where their tool or library is not there; in CI that would hide a build that made nothing."""
     if os.environ.get("CI"):
         assert native.info_module() is not None
+        for op in ops_of_the_build():
+            assert why_not("cpu", op, torch.device("cpu"), torch.bfloat16) is None
+        assert os.environ.get("CUDACXX") or shutil.which("nvcc")
+        assert shutil.which("readelf")
+        assert importlib.util.find_spec("triton")
+
+
+@BUILT
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the others have the scalar set alone")
+def test_usable_instruction_sets_are_those_of_the_processor():
+    """By what the system says of it: the tests of all kernels run on the sets that this list names."""
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    needed = {"scalar": set(), "avx2": {"avx2", "fma"}}
+    needed["avx512"] = needed["avx2"] | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needed["avx512_bf16"] = needed["avx512"] | {"avx512_bf16"}
+    built = native.build_info()["cpu_isas"].split()
+    assert usable_isas() == [isa for isa in built if needed[isa] <= flags]
+
+
+@BUILT
+def test_a_forced_instruction_set_is_what_runs():
+    """Fused products round once and others twice: over many numbers scalar and wider kernels differ in some bit."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 4096, generator=generator)
+    vectors = [torch.rand(64, generator=generator) for _ in range(4)]
+    found = {}
+    for isa in usable_isas():
+        with force_backend("cpu"), force_cpu_isa(isa):
+            found[isa] = masked_affine(x, *vectors)
+    assert all(not torch.equal(found["scalar"], y) for isa, y in found.items() if isa != "scalar")

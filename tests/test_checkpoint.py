@@ -21,6 +21,7 @@ from mnp_fast.checkpoint import Checkpoint, StageState, fingerprint, restore_
 from mnp_fast.config import BEYOND_LOOKS
 from mnp_fast.data import DefenceSet
 from mnp_fast.io import model_tensors
+from mnp_fast.waves import Wave
 
 CPU = torch.device("cpu")
 
@@ -195,13 +196,64 @@ def test_another_run_is_refused(model: nn.Module, whole: Path) -> None:
         ("config", {"config": replace(ALWAYS, perturbation_size=0.3)}),
         ("config, settings of the repair", {"config": replace(ALWAYS, batch_size=41, alpha=0.6)}),
         ("seed", {"seed": 1}),
-        ("config, products", {"config": replace(ALWAYS, precision="bfloat16")}),
     ]
     for name, changed in others:
         options = {"model": model, "checkpoint": whole} | changed
-        with pytest.raises(ConfigError, match=r"is of another run .* name an empty directory") as error:
+        told = rf"is of another run .*\(different: {name}\).* name an empty directory"
+        with pytest.raises(ConfigError, match=told):
             run(**options)
-        assert name.split(",")[0] in str(error.value)
+
+
+def test_products_of_another_machine_are_refused(
+    model: nn.Module, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same settings mean bfloat16 on one processor and float32 on another."""
+    usual = run_module.product_dtype("auto", CPU)
+    monkeypatch.setattr(run_module, "product_dtype", lambda *_: torch.bfloat16 if usual is None else None)
+    with pytest.raises(ConfigError, match=r"\(different: products\)"):
+        run(model, checkpoint=whole)
+
+
+def test_another_class_and_device_are_others(model: nn.Module) -> None:
+    class Mine(nn.Sequential):
+        pass
+
+    data = DefenceSet(*next(iter(loader())))
+    parts = [
+        fingerprint(net, data, ALWAYS, 0, torch.device(device), "float32")
+        for net, device in ((model, "cpu"), (Mine(*model), "cpu"), (model, "cuda"))
+    ]
+    assert {name for name in parts[0] if parts[0][name] != parts[1][name]} == {"model", "layers"}
+    assert {name for name in parts[0] if parts[0][name] != parts[2][name]} == {"device"}
+
+
+def test_another_torch_is_refused(model: nn.Module, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "0.0.0")
+    with pytest.raises(ConfigError, match=r"\(different: torch\)"):
+        run(model, checkpoint=whole)
+
+
+def test_goes_on_after_each_stage_with_waves(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the looks found waves, which the repair uses, these come back from the files."""
+    picture = torch.linspace(-1, 1, 36).view(1, 6, 6)
+    made: list[Wave] = []
+
+    def find(*_: object) -> Wave:
+        made.append(Wave(1, 0.8 + 0.05 * len(made), (len(made) + 1) * picture, 100))
+        return made[-1]
+
+    monkeypatch.setattr(run_module, "find_wave", find)
+    used: list[torch.Tensor] = []
+    learn = run_module.learn_masks
+    monkeypatch.setattr(run_module, "learn_masks", lambda *args: used.append(args[2]) or learn(*args))
+    usual = run(model, checkpoint=tmp_path / "whole")
+    assert usual.suspected_target == 1
+    assert any(torch.equal(one, 3 * picture) for one in used[0])
+    for count in range(len(NAMES)):
+        # Only the looks that are not there search again.
+        made[:] = made[: sum(name.startswith("search") for name in NAMES[:count])]
+        assert same(run(model, checkpoint=up_to(tmp_path / "whole", count, tmp_path / str(count))), usual)
+    assert all(torch.equal(one, used[0]) for one in used)
 
 
 @pytest.mark.parametrize(("name", "other"), [("__version__", "0.0.0"), ("_SOURCES", "0" * 16)])

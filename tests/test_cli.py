@@ -388,10 +388,22 @@ def test_a_real_run_from_end_to_end(here: Path) -> None:
         nn.functional.cross_entropy(model(data.images), data.labels).backward()
         optimizer.step()
     save_file(model.state_dict(), here / "w.safetensors")
-    done = command(*words("prune", "--json"), cwd=here)
-    assert done.returncode in (0, 3), done.stderr
+    looked = command(*words("scan", "--json", "--checkpoint", "stages"), cwd=here)
+    seen = json.loads(looked.stdout)
+    # Three classes and sixty pictures are too few for evidence.
+    assert looked.returncode == {"no evidence found": 0, "suspicious": 4}[seen["verdict"]], looked.stderr
+    settings = ("--config", "accuracy_limit=0.05", "--config", "finetune_epochs=2")
+    done = command(*words("prune", "--json", "--checkpoint", "stages", *settings), cwd=here)
+    assert done.returncode in (0, 4), done.stderr
     report = json.loads(done.stdout)
-    assert report["verdict"] in ("evidence of a backdoor", "suspicious", "no evidence found")
+    repaired = any(report["pruned"].values())
+    assert done.returncode == (0 if repaired else looked.returncode), done.stderr
+    assert report["verdict"] == seen["verdict"]
+    assert seen["evidence"] | report["evidence"] == seen["evidence"]
+    assert report["run"]["config"]["accuracy_limit"] == 0.05
+    assert "suppress" in looked.stderr
+    assert "suppress" not in done.stderr  # which went on from the evidence
+    assert "masks" in done.stderr
     assert report == io.read_report(here / "out")
     repaired = build_with_weights("nets_of_test:fixed", io.read_weights(here / "out" / "model.safetensors"))
     accuracy = (repaired.eval()(data.images).argmax(1) == data.labels).float().mean()

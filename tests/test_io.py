@@ -277,11 +277,19 @@ def test_json_is_strict() -> None:
     assert json.loads(io.to_json(value)) == {"a": [1.5, None], "p": "x", "3": True, "n": None}
 
 
-def test_one_run_after_the_other_puts_its_files_into_a_folder(tmp_path: Path) -> None:
+def test_one_run_after_the_other_puts_its_files_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
+    asked, lock = threading.Event(), fcntl.flock
+
+    def noted(*args: Any) -> None:
+        asked.set()
+        lock(*args)
+
+    monkeypatch.setattr(io.fcntl, "flock", noted)
     save = threading.Thread(target=io.save_files, args=(tmp_path,), kwargs={"tensors": {}, "report": {"a": 1}})
     save.start()
+    assert asked.wait(60)
     save.join(0.3)
     waited = save.is_alive() and not (tmp_path / "report.json").exists()
     os.close(handle)

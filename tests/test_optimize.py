@@ -191,6 +191,31 @@ class Script:
         return next(self.windows)
 
 
+def test_steps_of_suppression_by_hand(known: nn.Module) -> None:
+    """v = .9 v + g / |g| + mu p and p -= rate v, g the gradient of -cross-entropy, in float64."""
+    model, reference, data = copy.deepcopy(known), copy.deepcopy(known).double(), quadrants(80)
+    batches = list(data.batches(40, seeded()))
+    parameters = list(model.parameters())
+    momenta = [torch.zeros_like(p) for p in parameters]
+    loss, share = optimize._ascend(model, batches, parameters, momenta, 0.1, 0.5)
+    own = list(reference.parameters())
+    speed = [torch.zeros_like(p) for p in own]
+    losses, hits = [], []
+    for images, labels in batches:
+        logits = reference(images.double())
+        losses.append(F.cross_entropy(logits, labels).item())
+        hits.append(float((logits.argmax(1) == labels).double().mean()))
+        gradients = torch.autograd.grad(-F.cross_entropy(logits, labels), own)
+        length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        with torch.no_grad():
+            for p, v, gradient in zip(own, speed, gradients, strict=True):
+                v.mul_(0.9).add_(gradient / length + 0.5 * p)
+                p.sub_(0.1 * v)
+    for found, expected in zip((*parameters, *momenta), (*own, *speed), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert (loss, share) == (pytest.approx(sum(losses) / 2, rel=1e-4), pytest.approx(sum(hits) / 2))
+
+
 def zeroed() -> nn.Module:
     model = small()
     with torch.no_grad():
@@ -275,6 +300,32 @@ def test_masks(known: nn.Module) -> None:
     assert torch.equal(again[1], order)
     other = learn_masks(*both, NONE, sites, magnitude, data, config, seeded(1), QUIET)
     assert not torch.equal(other[0], masks)
+
+
+def test_steps_of_mask_learning_by_hand(known: nn.Module) -> None:
+    """g of alpha sqrt L(suppressed) + (1 - alpha) L(model), v = .9 v + g + lambda M, m = clip(m - rate v), float64."""
+    model, suppressed = planted(known, 3)
+    data = quadrants()
+    sites = find_sites(model, data.images[:2])
+    magnitude = torch.linspace(0.5, 1.5, 16)
+    # All pictures in every step, so that their order counts for nothing.
+    config = PruneConfig(batch_size=120, mask_steps=4, mask_rate=0.05, alpha=0.8, penalty=0.02)
+    found = learn_masks(model, suppressed, NONE, sites, magnitude, data, config, seeded(), QUIET)[0]
+    mask = torch.ones(16, dtype=torch.float64, requires_grad=True)
+    speed = torch.zeros(16, dtype=torch.float64)
+    parts = {1: slice(0, 8), 4: slice(8, 16)}
+    for _ in range(4):
+        losses = []
+        for network in (suppressed, model):
+            net = copy.deepcopy(network).double()
+            scaled = {f"{norm}.weight": net[norm].weight.detach() * mask[part] for norm, part in parts.items()}
+            logits = torch.func.functional_call(net, scaled, (data.images.double(),))
+            losses.append(F.cross_entropy(logits, data.labels))
+        (gradient,) = torch.autograd.grad(0.8 * losses[0].sqrt() + 0.2 * losses[1], mask)
+        speed = 0.9 * speed + gradient + 0.02 * magnitude
+        mask = (mask.detach() - 0.05 * speed).clamp(0, 1).requires_grad_()
+    assert float(mask.detach().min()) < 0.9  # they have moved
+    torch.testing.assert_close(found.double(), mask.detach(), rtol=0, atol=1e-4)
 
 
 def planted(model: nn.Module, neuron: int) -> tuple[nn.Module, nn.Module]:
@@ -421,6 +472,36 @@ def test_what_distillation_learns_from(known: nn.Module, distillation: float, sa
         finetune_(model, copy.deepcopy(known), sites, keep, NONE, part, config, seeded(), QUIET)
         weights.append(model[9].weight)
     assert torch.equal(*weights) == same
+
+
+def test_what_each_picture_of_fine_tuning_is_given(known: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of every batch is perturbed, and learns what the teacher says of the picture as it was."""
+    data = quadrants()
+    model, sites, keep = pruned(known, data)
+    pixel = torch.zeros(1, 1, 6, 6)
+    pixel[..., 0, 0] = 5.0
+    seen: list[Tensor] = []
+    asked: list[tuple[Tensor, Tensor]] = []
+    loss_of = optimize.repair_loss
+
+    def noted(logits: Tensor, soft: Tensor, labels: Tensor, distillation: float) -> Tensor:
+        asked.append((soft, labels))
+        return loss_of(logits, soft, labels, distillation)
+
+    monkeypatch.setattr(optimize, "repair_loss", noted)
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    config = PruneConfig(batch_size=40, finetune_epochs=1, perturbed_pictures=0.3)
+    finetune_(model, copy.deepcopy(known), sites, keep, pixel, data, config, seeded(), QUIET)
+    assert len(seen) == len(asked) == 6
+    rest = data.images.flatten(1)[:, 1:]
+    for images, (soft, labels) in zip(seen, asked, strict=True):
+        rows = [int((rest == image.flatten()[1:]).all(1).nonzero()) for image in images]
+        added = (images - data.images[rows])[:, 0, 0, 0] / 5.0
+        assert int((added != 0).sum()) == round(0.3 * 20)
+        assert bool(((added > -1e-6) & (added < 1 + 1e-6)).all())
+        assert len(added.unique()) > 3
+        torch.testing.assert_close(soft, known(data.images[rows]).detach(), rtol=1e-4, atol=1e-4)
+        assert torch.equal(labels, data.labels[rows])
 
 
 class Standardised(nn.Conv2d):

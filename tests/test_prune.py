@@ -24,12 +24,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mnp_fast
 from benchmarks import digits
-from mnp_fast import ConfigError, DataError, MnpFastError, ModelError, PruneConfig, PruneResult, optimize
+from mnp_fast import ConfigError, DataError, MnpFastError, ModelError, PruneConfig, PruneResult, device, optimize
 from mnp_fast import run as run_module
 from mnp_fast.data import DefenceSet, collect, logits_of
 from mnp_fast.detect import Look
 from mnp_fast.graph.trace import Captured
 from mnp_fast.masked import prune_
+from mnp_fast.ops.cpu_backend import usable_isas
 from mnp_fast.sites import find_sites
 from mnp_fast.waves import Wave
 
@@ -853,12 +854,16 @@ def test_interrupts_at_the_graph_level(model: nn.Module, monkeypatch: pytest.Mon
         assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("stage", ["suppress_", "learn_masks", "select", "finetune_", "predict", "magnitude"])
+STAGES = ("suppress_", "recalibrate_", "perturb", "find_wave", "weigh")
+STAGES += ("learn_masks", "select", "finetune_", "predict", "magnitude")
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_failing_stages(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, stage: str, error: type[BaseException]
 ) -> None:
-    def fails(*args: Any) -> None:
+    def fails(*args: Any, **options: Any) -> None:
         raise error("in the middle")
 
     hook = model[0].register_forward_hook(lambda module, args, output: None)
@@ -894,13 +899,37 @@ def test_a_loader_that_is_interrupted(model: nn.Module) -> None:
 
 
 def test_rates_that_are_too_high_never_give_broken_weights(model: nn.Module) -> None:
+    given_back = 0
     for name, rate in itertools.product(("finetune_rate", "mask_rate", "suppression_rate"), (0.3, 1.0)):
         try:
             result = run(model, config=replace(ALWAYS, **{name: rate}))
         except ModelError:
             continue
+        given_back += 1
         assert all(bool(tensor.isfinite().all()) for tensor in state(result).values())
         assert all(bool(mask.isfinite().all()) for mask in result.masks.values())
+    assert given_back >= 3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_both_precisions_run_whole(model: nn.Module, precision: str) -> None:
+    result = run(model, config=replace(ALWAYS, precision=precision))
+    assert result.run["products"] == precision
+    assert result.run["graph"] == "captured"
+    assert result.run["kernels"] in ("reference", *(f"cpu {isa}" for isa in usable_isas()))
+    assert any(result.pruned.values())
+    assert result.metrics["clean_accuracy_after"] > 0.8  # of 24 pictures; a repair is forced, and short
+
+
+@pytest.mark.parametrize(("isas", "dtype"), [(["scalar", "avx2"], None), (["scalar", "avx512_bf16"], torch.bfloat16)])
+def test_automatic_precision_goes_by_the_processor(
+    monkeypatch: pytest.MonkeyPatch, isas: list[str], dtype: torch.dtype | None
+) -> None:
+    monkeypatch.setattr(device, "usable_isas", lambda: isas)
+    cpu = torch.device("cpu")
+    assert device.product_dtype("auto", cpu) == dtype
+    assert device.product_dtype("float32", cpu) is None
+    assert device.product_dtype("bfloat16", cpu) == torch.bfloat16
 
 
 # ---------------------------------------------------------------- bad input
@@ -1068,6 +1097,11 @@ def test_the_backdoor_of_the_digits_is_gone(data: digits.Digits, backdoored: nn.
     assert repaired.metrics["asr_before"] == pytest.approx(digits.attack_success(backdoored, data))
     assert repaired.metrics["asr_after"] == pytest.approx(digits.attack_success(repaired.model, data))
     assert repaired.metrics["der"] > 0.85
+
+
+def test_the_backdoor_of_the_digits_is_named(repaired: PruneResult) -> None:
+    assert repaired.verdict == "evidence of a backdoor"
+    assert repaired.suspected_target == digits.TARGET
 
 
 def test_most_of_the_digits_network_stays(repaired: PruneResult) -> None:

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from networks import ARCHITECTURES, SMALL, Stranger, logits, make, randomize, snapshot
 from torch import Tensor, nn
 
-from mnp_fast.errors import DataError
+from mnp_fast import stats
+from mnp_fast.errors import ConfigError, DataError
 from mnp_fast.graph.capture import capture
 from mnp_fast.masked import MODULES, Execution, masked, prune_
 from mnp_fast.sites import Site, find_sites, total_neurons
-from mnp_fast.stats import exact_saliency, magnitude, saliency
+from mnp_fast.stats import exact_saliency, magnitude, rank_correlation, saliency
 
 
 def test_magnitude_of_every_kind_of_site() -> None:
@@ -284,3 +285,62 @@ def test_exact_saliency_is_that_of_each_removal(name: str) -> None:
     near(exact_saliency(model, sites, images, labels, neurons), expected, 1e-3)
     near(exact_saliency(model, sites, images, labels, neurons, how=MODULES), expected, 1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("budget", [1, 3000, 40_000])
+@pytest.mark.parametrize("name", ["folded", "resnet20, padded shortcuts"])
+def test_exact_saliency_in_pieces(name: str, budget: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and neurons in as many parts as memory asks for: one at a time, and several."""
+    model, sites, images, labels = found(name, 9)
+    neurons = spread(sites, 3)[:12]
+    expected = exact_saliency(model, sites, images, labels, neurons)
+    near(expected, by_removal(model, sites, images, labels, neurons), 1e-3)
+    monkeypatch.setattr(stats, "_BUDGET", budget)
+    near(exact_saliency(model, sites, images, labels, neurons), expected, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("neurons", "problem"),
+    [
+        (torch.tensor([0, 10_000]), "these go from 0 to 10000"),
+        (torch.tensor([-1, 2]), "these go from -1 to 2"),
+        (torch.tensor([0.0]), "must be int64"),
+        (torch.tensor([[0]]), "must be int64"),
+    ],
+)
+def test_neurons_that_do_not_fit(neurons: Tensor, problem: str) -> None:
+    model, sites, images, labels = found("folded")
+    with pytest.raises(ConfigError, match=problem):
+        exact_saliency(model, sites, images, labels, neurons, how=MODULES)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda y: y[:-1], lambda y: y.float(), lambda y: y[:0], lambda y: y - 4, lambda y: y.unsqueeze(1)]
+)
+@pytest.mark.parametrize("of", ["saliency", "exact_saliency"])
+def test_labels_that_do_not_fit(of: str, wrong: Any) -> None:
+    model, sites, images, labels = found("folded")
+    more = (torch.arange(2),) if of == "exact_saliency" else ()
+    with pytest.raises(DataError, match="labels"):
+        getattr(stats, of)(model, sites, images, wrong(labels), *more, how=MODULES)
+
+
+# ---------------------------------------------------------------- agreement
+def test_rank_correlation_in_every_site() -> None:
+    layers = [nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)).eval()
+    sites = find_sites(model, torch.randn(2, 3, 2, 2))
+    assert [site.neurons for site in sites] == [5, 4, 3]
+    first = torch.tensor([1.0, 2, 2, 4, 5, 9, 8, 7, 6, 1, 1, 1])
+    second = torch.tensor([2.0, 2, 1, 5, 4, -1, 2, 3, 4, 1, 2, 3])
+    # By hand: ranks 1, 2.5, 2.5, 4, 5 and 2.5, 2.5, 1, 5, 4; 4, 3, 2, 1 and 1, 2, 3, 4; the last has no order.
+    ranks = torch.tensor([[1, 2.5, 2.5, 4, 5], [2.5, 2.5, 1, 5, 4]], dtype=torch.float64)
+    expected = [float(torch.corrcoef(ranks)[0, 1]), -1.0, 0.0]
+    found = rank_correlation(first, second, sites)
+    assert list(found) == [site.path for site in sites]
+    assert list(found.values()) == pytest.approx(expected, abs=1e-12)
+    # Between sites nothing is compared, and a growing function changes no rank.
+    moved = torch.cat([part + shift for part, shift in zip(first.split([5, 4, 3]), (0, 100, -50), strict=True)])
+    assert rank_correlation(moved, second.exp(), sites) == pytest.approx(found)
+    with pytest.raises(ConfigError, match=r"must have shape \(12,\)"):
+        rank_correlation(first[:11], second, sites)

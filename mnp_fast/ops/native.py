@@ -15,25 +15,31 @@ import torch
 _FOLDER = Path(__file__).resolve().parent.parent
 _HOW = "`pip install --no-build-isolation -e .` in the source folder, or install the package again"
 _REMEDY = f"build it with {_HOW}"
+_OTHER = "is built from another version of the sources"
+_INFO = "mnp_fast._native"
 
 INTERFACES = {"mnp_fast_cpu": "be57f11e", "mnp_fast_cuda": "e05ceb5f"}
-"""`digest` of the operators that each library must have: a build from before or after these sources has another one."""
+"""`digest` of the operators that each library must have, so that one with other operators is not called. Whether what
+they compute is that of these sources `make` sees to."""
 
 _FUNCTIONS = ("build_info", "usable_isas", "isa_code")
 _ENTRIES = ("compiler", "torch", "torch_target", "cpu_isas", "cuda", "cuda_archs", "cuda_reason")
-_outdated: dict[str, str] = {}
+_unusable: dict[str, str] = {}
 
 
 @cache
 def info_module() -> ModuleType | None:
-    """mnp_fast._native, or None where it is not built or not for these sources."""
+    """mnp_fast._native, or None where it is not built, does not load, or is not for these sources."""
     try:
-        module = importlib.import_module("mnp_fast._native")
-    except ImportError:
+        module = importlib.import_module(_INFO)
+    except ModuleNotFoundError:
+        return None
+    except ImportError as error:
+        _refuse(_INFO, f"cannot be loaded ({error})")
         return None
     if all(hasattr(module, name) for name in _FUNCTIONS) and set(_ENTRIES) <= set(module.build_info()):
         return module
-    _refuse("mnp_fast._native")
+    _refuse(_INFO, _OTHER)
     return None
 
 
@@ -41,7 +47,7 @@ def info_problem() -> str | None:
     """Why there is no `info_module`, None if there is."""
     if info_module() is not None:
         return None
-    return _outdated.get("mnp_fast._native", f"mnp_fast._native is not built for this Python: {_REMEDY}")
+    return _unusable.get(_INFO, f"{_INFO} is not built for this Python: {_REMEDY}")
 
 
 @cache
@@ -56,9 +62,9 @@ def load(name: str, left_out: str = "") -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{path.name} cannot be loaded: {error}"
+        return _refuse(path.name, f"cannot be loaded ({' '.join(str(error).split())})")
     schemas = (schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith(f"{name}::"))
-    return None if digest(schemas) == INTERFACES[name] else _refuse(path.name)
+    return None if digest(schemas) == INTERFACES[name] else _refuse(path.name, _OTHER)
 
 
 def digest(schemas: Iterable[torch.FunctionSchema]) -> str:
@@ -70,9 +76,9 @@ def digest(schemas: Iterable[torch.FunctionSchema]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:8]
 
 
-def outdated() -> list[str]:
-    """What has been found so far that is built from other sources than these, with the remedy."""
-    return list(_outdated.values())
+def unusable() -> list[str]:
+    """What has been found so far that is there but does not load or is built from other sources, with the remedy."""
+    return list(_unusable.values())
 
 
 def build_info() -> dict[str, str]:
@@ -82,6 +88,6 @@ def build_info() -> dict[str, str]:
     return info
 
 
-def _refuse(name: str) -> str:
-    _outdated[name] = f"{name} is built from another version of the sources: rebuild with {_HOW}"
-    return _outdated[name]
+def _refuse(name: str, problem: str) -> str:
+    _unusable[name] = f"{name} {problem}: rebuild with {_HOW}"
+    return _unusable[name]

@@ -55,6 +55,17 @@ def available(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     return [backend for backend in BACKENDS if why_not(backend, op, device, dtype) is None]
 
 
+def running(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that the ops run on here, on a CPU with its instruction set: for reports."""
+    backend = _forced_backend or _configured("MNP_FAST_BACKEND")
+    if backend == "auto":
+        backend = available("masked_affine", device, dtype)[0]
+    if backend != "cpu":
+        return backend
+    isa = requested_cpu_isa()
+    return f"cpu {importlib.import_module(_MODULES['cpu']).usable_isas()[-1] if isa == 'auto' else isa}"
+
+
 def beside(op: str, name: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """What the backend that runs `op` here has under another name; None where it has nothing of that name."""
     return getattr(sys.modules[kernel(op, device, dtype).__module__], name, None)
@@ -103,7 +114,7 @@ def _kernel(op: str, choice: str, device: torch.device, dtype: torch.dtype) -> C
     if choice == "auto":
         # One after the other: a backend that is not needed may be broken, or slow to import.
         choice = next(backend for backend in BACKENDS if why_not(backend, op, device, dtype) is None)
-        for problem in native.outdated():
+        for problem in native.unusable():
             # Python shows equal warnings of one line once.
             warnings.warn(f"mnp_fast: {problem}; until then other kernels run", RuntimeWarning, stacklevel=1)
     else:

@@ -274,12 +274,13 @@ def write(file: Path, first: int) -> None:
 
 def test_two_processes_write_one_file(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    context = multiprocessing.get_context("fork")
+    # Not forked: this process has threads, whose locks a copy of it would wait for.
+    context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=write, args=(file, first)) for first in (0, 10)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join()
+        worker.join(60)
         assert worker.exitcode == 0
     assert sorted(row["seed"] for row in results_file.load(file)["rows"]) == list(range(20))
     assert not list(tmp_path.glob("*.tmp"))

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from levels import close, found, outputs
+from levels import close, close_in_every_site, found, outputs
 from networks import logits
 from test_optimize import quadrants, small, taught
 from torch import nn
@@ -30,11 +30,11 @@ from mnp_fast.sites import Site, find_sites, total_neurons
 def test_batch_statistics(name: str) -> None:
     model, images, sites, captured = found(name)
     images = torch.cat([images, images.flip(-1), 0.5 * images])
-    # float64 shows what is rounding: batch statistics of few numbers amplify it.
+    # Batch statistics of few numbers amplify what rounding leaves.
     expected = outputs(model, sites, images, Execution(), batch_statistics=True)
     given = outputs(model, sites, images, Execution(captured), batch_statistics=True)
     assert close(given[0], expected[0], 1e-2)
-    assert close(given[1], expected[1], 5e-2)
+    assert close_in_every_site(given[1], expected[1], sites, 5e-2)
 
 
 @pytest.mark.parametrize("batch_statistics", [False, True])

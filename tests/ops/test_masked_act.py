@@ -26,8 +26,10 @@ def test_matches_plain_torch_in_float64(provider, dtype, case):
     for name, value in ours.items():
         assert value.shape == exact[name].shape, name
         assert value.dtype == (dtype if name.startswith("output") else torch.float32), name
-        if plain is None:
-            rtol, atol = TOLERANCE[dtype][name.split()[0]]
+        if plain is None or name.startswith("sum"):
+            # Sums are in float32 whatever the dtype of x; in bfloat16 smooth curves are fits, good to half a bit of it.
+            fits = plain is not None and case.act != "relu"
+            rtol, atol = (2**-9, 2**-9) if fits else TOLERANCE[torch.float32][name.split()[0]]
             torch.testing.assert_close(
                 value.double(), exact[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
             )

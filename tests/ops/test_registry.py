@@ -67,7 +67,7 @@ def test_automatic_takes_the_cpu_kernels():
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Libraries and backends are looked for anew, also after the test."""
     kept = (native.load, native.info_module, registry._kernel)
-    monkeypatch.setattr(native, "_outdated", {})
+    monkeypatch.setattr(native, "_unusable", {})
     for function in kept:
         function.cache_clear()
     yield
@@ -92,6 +92,24 @@ def falls_back_with_a_warning(what: str) -> None:
     assert "\n" not in str(warned[0].message)
     with force_backend("cpu"), pytest.raises(BackendError, match=told):
         call()
+
+
+@pytest.mark.skipif(not BUILT, reason="the native part is not built")
+def test_library_that_does_not_load_is_told_of(monkeypatch, tmp_path, unloaded):
+    (tmp_path / "libmnp_fast_cpu.so").write_text("not a library")
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"libmnp_fast_cpu.so cannot be loaded \(.*\): rebuild with `pip install"):
+        assert torch.equal(call(), torch.ones(2, 3, 4))
+
+
+def test_native_module_that_does_not_load_is_told_of(monkeypatch, unloaded):
+    def broken(name):
+        raise ImportError("version `GLIBCXX_9' not found")
+
+    monkeypatch.setattr(native.importlib, "import_module", broken)
+    assert native.info_module() is None
+    assert "cannot be loaded (version `GLIBCXX_9' not found): rebuild" in native.info_problem()
+    assert native.unusable() == [native.info_problem()]
 
 
 @pytest.mark.skipif(not BUILT, reason="the native part is not built")

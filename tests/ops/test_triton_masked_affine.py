@@ -13,13 +13,16 @@ VECTORS = dict.fromkeys(["mask", "scale", "center", "shift", "sum_g", "sum_gx"],
 
 
 def test_interpreter_gives_the_same_results():
-    assert run_in_interpreter("test_masked_affine.py") > 40
+    passed = run_in_interpreter("test_masked_affine.py")
+    assert passed["float32"] > 40
+    assert passed["float16"] > 20
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", POINTERS)
-def test_compiles_without_a_gpu(dtype, arch, monkeypatch, tmp_path):
+@pytest.mark.parametrize("flag", [True, False])
+def test_compiles_without_a_gpu(flag, dtype, arch, monkeypatch, tmp_path):
     # No compilation of an earlier run may stand in for this one.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from mnp_fast.ops import triton_masked_affine as kernels
@@ -28,11 +31,11 @@ def test_compiles_without_a_gpu(dtype, arch, monkeypatch, tmp_path):
     for channels_last in (False, True):
         rows, cols = kernels.tile_sizes(3136 if not channels_last else 256, 1024 if not channels_last else 128)
         tile = {"BLOCK_ROWS": rows, "BLOCK_COLS": cols}
-        constants = {"CHANNELS_LAST": channels_last, "HAS_RESIDUAL": True, "RELU": True, **tile}
+        constants = {"CHANNELS_LAST": channels_last, "HAS_RESIDUAL": flag, "RELU": flag, **tile}
         forward = compile_kernel(kernels.forward_kernel, tensors | VECTORS, constants, arch)
         assert forward.asm["cubin"]
         assert WIDE.search(forward.asm["ptx"])
-        flags = {"RELU": True, "HAS_Y": True, "NEED_X": True, "NEED_RESIDUAL": True, "TILES": 4, **tile}
+        flags = dict.fromkeys(["RELU", "HAS_Y", "NEED_X", "NEED_RESIDUAL"], flag) | {"TILES": 4, **tile}
         kernel = kernels.backward_columns_kernel if channels_last else kernels.backward_planes_kernel
         backward = compile_kernel(kernel, tensors | VECTORS, flags, arch)
         assert backward.asm["cubin"]
