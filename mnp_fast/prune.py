@@ -89,7 +89,7 @@ def scan(
     with run.stages():
         evidence = run.expose()[1]
     found, target = verdict(evidence, run.config)
-    return ScanResult(found, target, evidence.report() | run.statistics(), run.history, run.report())
+    return ScanResult(found, target, evidence.report(), run.history, run.report())
 
 
 def _gentler(config: PruneConfig, strength: float) -> PruneConfig:

@@ -9,6 +9,8 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from torch import Tensor
 
+from mnp_fast.detect import FEWEST_CLASSES, FEWEST_PICTURES
+
 _BINS = 10
 _SIGNS = {
     "pull": "Pictures of other classes that the suppressed model puts into this class, once perturbed towards it",
@@ -36,6 +38,8 @@ def html(report: Mapping[str, Any], masks: Mapping[str, Tensor]) -> str:
         sites=[(site, count, len(masks[site])) for site, count in pruned.items()],
         neurons=sum(map(len, masks.values())),
         histogram=_histogram(masks),
+        fewest_classes=FEWEST_CLASSES,
+        fewest_pictures=FEWEST_PICTURES,
     )
 
 

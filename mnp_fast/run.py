@@ -392,10 +392,6 @@ class Run:
         products = str(self.how.dtype or torch.float32)
         return fingerprint(self.model, self.data, self.config, self.seed, self.device, products)
 
-    def statistics(self) -> dict[str, Any]:
-        counts = {"classes": self.classes, "sites": len(self.sites), "neurons": int(self.magnitude.numel())}
-        return counts | {"accuracy": self.accuracy}
-
     def report(self) -> dict[str, Any]:
         """What is known before any result: input, settings, versions."""
         return {
@@ -410,7 +406,11 @@ class Run:
             "cuda_graphs": self.how.recorder is not None and (self.how.recorder.reason or "captured"),
             "kernels": registry.running(self.device, torch.float32),
             "products": str(self.how.dtype or torch.float32).removeprefix("torch."),
-        } | self.statistics()
+            "classes": self.classes,
+            "sites": len(self.sites),
+            "neurons": int(self.magnitude.numel()),
+            "accuracy": self.accuracy,
+        }
 
     def result(
         self,

@@ -150,7 +150,8 @@ def test_nothing_found_and_nothing_done() -> None:
     ("found", "said"),
     [
         (replace(LOOK, batch_norms=False), "Without BatchNorm"),
-        (replace(LOOK, classes=4), "fewer than five classes"),
+        (replace(LOOK, classes=4), "fewer than 5 classes"),
+        (replace(LOOK, pictures=149), "fewer than 150 pictures"),
         (replace(LOOK, wave_class=None), "No further look"),
     ],
 )
