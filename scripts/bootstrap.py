@@ -215,8 +215,12 @@ def without_gpu() -> bool:
         return False
     # There without a card, too, on machines that share a driver's image.
     tool = shutil.which("nvidia-smi")
-    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False).stdout if tool else ""
-    return "GPU 0" not in listed
+    try:
+        # A broken driver may let it wait for ever.
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False, timeout=30) if tool else None
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    return listed is None or "GPU 0" not in listed.stdout
 
 
 def requirements() -> list[str]:

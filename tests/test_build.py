@@ -222,6 +222,20 @@ def test_an_environment_of_another_python_is_not_taken_for_this_one(monkeypatch,
         script.make_venv(tmp_path, python)
 
 
+@pytest.mark.parametrize(
+    ("said", "without"), [("GPU 0: NVIDIA H100 (UUID: GPU-1)", False), ("No devices were found", True), (None, True)]
+)
+def test_a_gpu_is_one_that_the_driver_lists(monkeypatch, tmp_path, said, without):
+    script = bootstrap()
+    monkeypatch.setattr(script.glob, "glob", lambda _: [])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if said:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\necho '{said}'\n")
+        tool.chmod(0o755)
+    assert script.without_gpu() == without
+
+
 def test_a_tool_that_is_too_old_is_passed_over(monkeypatch, tmp_path):
     tool = tmp_path / "ninja"
     tool.write_text("#!/bin/sh\necho 99.1\n")
