@@ -53,19 +53,22 @@ def find_torch() -> Path:
     return Path(folder)
 
 
-def find_tool(name: str, oldest: tuple[int, int] = (0, 0)) -> str:
+def find_tool(name: str, oldest: tuple[int, int] = (0, 1)) -> str:
     """Path of a program of the build, beside the interpreter or on PATH, that is new enough."""
     for place in (str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)):
         found = shutil.which(name, path=place)
         if found and version_of(found) >= oldest:
             return found
-    newer = f" {oldest[0]}.{oldest[1]} or newer" if any(oldest) else ""
+    newer = f" {oldest[0]}.{oldest[1]} or newer" if oldest[0] else ""
     raise SetupError(f"the build needs {name}{newer}: pip install cmake ninja")
 
 
 def version_of(program: str) -> tuple[int, ...]:
     """Its first two numbers, as it says itself; (0, 0) where it does not."""
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    try:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError:  # a script, of which the interpreter is gone
+        said = ""
     found = re.search(r"(\d+)\.(\d+)", said)
     return tuple(int(part) for part in found.groups()) if found else (0, 0)
 

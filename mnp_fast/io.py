@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mnp_fast.errors import FileError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 REPORT = "report.json"
 _VALUES = "values"
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")

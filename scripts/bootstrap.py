@@ -20,7 +20,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 APART = ("torch", "torchvision")
 VERSION_OF_TORCH = "import importlib.metadata as m; print(m.version('torch'))"
 LIBRARIES = ("_native*.so", "libmnp_fast_cpu.so")
-VARIABLES = ("MNP_FAST_CUDA", "CXX", "CMAKE_", "CUDA", "NVCC_", "LDFLAGS")
+VARIABLES = ("MNP_FAST_CUDA", "CXX", "CMAKE_", "CUDACXX", "CUDAFLAGS", "CUDA_PATH", "CUDA_HOME", "NVCC_", "LDFLAGS")
 BUILT_FROM = ("setup.py", "CMakeLists.txt", "pyproject.toml", "csrc", "mnp_fast/settings.py")
 
 
@@ -54,7 +54,8 @@ def main() -> None:
     if not args.no_build:
         check_compiler()
     venv = args.venv.resolve()
-    with locked(ROOT / "build" / "bootstrap.lock"):
+    # Of the environment, and of the tree that is built in; `make clean` leaves both locks alone.
+    with locked(venv.with_name(f"{venv.name}.lock")), locked(ROOT / ".bootstrap.lock"):
         bring_up_to_date(venv, args.torch, built=not args.no_build)
 
 
@@ -63,14 +64,15 @@ def bring_up_to_date(venv: Path, torch: str, *, built: bool) -> None:
     python = venv / "bin/python"
     make_venv(venv, python)
     packages = requirements()
-    wanted = digest([Path(__file__).resolve()], [*packages, torch, sys.version, str(without_gpu())])
+    which = torch or f"without a GPU: {without_gpu()}"
+    wanted = digest([Path(__file__).resolve()], [*packages, which, sys.version])
     with up_to_date(wanted, venv / "mnp_fast-packages.stamp") as done:
         if not done:
             install_packages(python, packages, torch)
     if not built:
         return
     # An editable build stands in this tree, for one environment at a time, and is installed into that: a stamp in each.
-    wanted = digest(sources(), [wanted, str(python), *toolchain()])
+    wanted = digest(sources(), [wanted, str(ROOT), str(python), *toolchain()])
     with up_to_date(wanted, ROOT / "build" / "bootstrap.stamp", venv / "mnp_fast-build.stamp") as done:
         if not (done and all(any(ROOT.glob(f"mnp_fast/{name}")) for name in LIBRARIES)):
             build(python)
@@ -94,13 +96,15 @@ def up_to_date(wanted: str, *stamps: Path) -> Iterator[bool]:
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """One at a time: two calls would write into one environment."""
-    file.parent.mkdir(exist_ok=True)
-    with file.open("w") as lock:
+    with ExitStack() as stack:
         try:
+            lock = stack.enter_context(file.open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("waiting for another call to end")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a folder that is read alone, where only what is up to date can be used, or one without locks
         yield
 
 
@@ -136,12 +140,13 @@ def make_venv(venv: Path, python: Path) -> None:
 def install_packages(python: Path, packages: list[str], torch: str) -> None:
     """Install torch as this machine needs it, then everything else."""
     say("installing packages")
-    done = False
+    done, again = False, []
     if torch or not without_gpu():
-        # To pip a CPU build of the same version is what was asked for, and would stay.
+        # To pip a CPU build of the same version is what was asked for, and would stay. It goes once the other is there.
         if ask(python, VERSION_OF_TORCH).endswith("+cpu") and not torch.endswith("+cpu"):
-            call = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *APART]
-            must(subprocess.run(call, check=False).returncode == 0, "torch cannot be replaced", "see pip's message")
+            again = ["--force-reinstall"]
+            replaced = pip(python, torch or TORCH, "--no-deps", *again)
+            must(replaced, "torch cannot be replaced", "see pip's message above; is an index reachable?")
         must(
             pip(python, torch or TORCH), "torch cannot be installed", "see pip's message above; is an index reachable?"
         )
@@ -151,7 +156,7 @@ def install_packages(python: Path, packages: list[str], torch: str) -> None:
         done = pip(python, f"{TORCHVISION}+cpu", "--no-deps", *places, quiet=True)
     # torch is there already; with its own requirements torchvision might still bring another one.
     must(
-        done or pip(python, torchvision_for(python), "--no-deps"),
+        done or pip(python, torchvision_for(python), "--no-deps", *again),
         "torchvision cannot be installed",
         "see pip's message above",
     )
@@ -255,12 +260,20 @@ def sources() -> list[Path]:
 def toolchain() -> list[str]:
     """What decides how the package is built, beside its sources."""
     variables = sorted(name for name in os.environ if name.startswith(VARIABLES))
-    # CMake finds CUDA there without a path to it.
-    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
-    programs = [shutil.which(name, path=places) for name in (*compilers(), os.environ.get("CUDACXX") or "nvcc")]
-    found = [os.path.realpath(program) for program in programs if program]
-    said = [subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout for path in found]
-    return [*(f"{name}={os.environ[name]}" for name in variables), *found, *said]
+    # CMake finds CUDA there, too.
+    roots = [root for name in ("CUDA_PATH", "CUDA_HOME") if (root := os.environ.get(name))]
+    path = [*(f"{root}/bin" for root in roots), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    names = (*compilers(), os.environ.get("CUDACXX") or "nvcc")
+    found = [program for name in names if (program := shutil.which(name, path=os.pathsep.join(path)))]
+    return [*(f"{name}={os.environ[name]}" for name in variables), *map(os.path.realpath, found), *map(version, found)]
+
+
+def version(program: str) -> str:
+    """What a program says of itself; nothing where it does not run."""
+    try:
+        return subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
 
 
 def digest(files: Iterable[Path], words: Iterable[str]) -> str:

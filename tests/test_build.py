@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import platform
@@ -211,12 +212,40 @@ def test_what_failed_is_tried_again_though_all_is_put_back(calls, monkeypatch, s
     assert run() == again
 
 
+def test_one_call_at_a_time(tmp_path):
+    script = bootstrap()
+    file = tmp_path / "lock"
+    with script.locked(file), file.open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with file.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with script.locked(tmp_path / "nowhere" / "lock"):  # that cannot be written: what is up to date can be used
+        pass
+
+
+def test_the_toolchain_is_what_it_says_of_itself(monkeypatch, tmp_path):
+    script = bootstrap()
+    compiler = tmp_path / "c++"
+    monkeypatch.setenv("CXX", str(compiler))
+    found = []
+    for said in ("12.2", "13.1"):
+        compiler.write_text(f"#!/bin/sh\necho {said}\n")
+        compiler.chmod(0o755)
+        found.append(script.toolchain())
+    assert found[0] != found[1]
+    compiler.write_text("#!/gone/interpreter\n")
+    assert script.version(str(compiler)) == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert not [word for word in script.toolchain() if "VISIBLE" in word]
+
+
 def test_an_environment_of_another_python_is_not_taken_for_this_one(monkeypatch, tmp_path):
     script = bootstrap()
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.symlink_to(sys.executable)
-    script.make_venv(tmp_path, python)  # the same: left alone
+    monkeypatch.setattr(script, "say", lambda text: pytest.fail(f"not left alone: {text}"))
+    script.make_venv(tmp_path, python)
     monkeypatch.setattr(script.sys, "version_info", (3, 99, 0))
     with pytest.raises(SystemExit, match=r"is of Python 3\.\d+, and this is"):
         script.make_venv(tmp_path, python)

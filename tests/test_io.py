@@ -255,8 +255,8 @@ def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
     ("text", "cause"),
     [
         ("{", "is damaged: not strict JSON"),
-        ('{"schema_version": 2, "x": NaN}', "the constant NaN"),
-        ('{"schema_version": 99}', "has schema version 99, this mnp_fast reads 2"),
+        ('{"schema_version": 3, "x": NaN}', "the constant NaN"),
+        ('{"schema_version": 99}', "has schema version 99, this mnp_fast reads 3"),
         ("[1]", "has schema version None"),
         (b"\xff\xfe", "is damaged"),
     ],

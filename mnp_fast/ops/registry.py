@@ -59,7 +59,7 @@ def running(device: torch.device, dtype: torch.dtype) -> str:
     """The backend that the ops run on here, on a CPU with its instruction set: for reports."""
     backend = _forced_backend or _configured("MNP_FAST_BACKEND")
     if backend == "auto":
-        backend = available("masked_affine", device, dtype)[0]
+        backend = next(name for name in BACKENDS if why_not(name, "masked_affine", device, dtype) is None)
     if backend != "cpu":
         return backend
     isa = requested_cpu_isa()

@@ -276,11 +276,11 @@ def test_two_processes_write_one_file(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     # Not forked: this process has threads, whose locks a copy of it would wait for.
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=write, args=(file, first)) for first in (0, 10)]
+    workers = [context.Process(target=write, args=(file, first), daemon=True) for first in (0, 10)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(300)
         assert worker.exitcode == 0
     assert sorted(row["seed"] for row in results_file.load(file)["rows"]) == list(range(20))
     assert not list(tmp_path.glob("*.tmp"))

@@ -89,7 +89,12 @@ class InputAware(Attack):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self._build(torch.device("cpu"))
-        self._both().load_state_dict(state)
+        try:
+            self._both().load_state_dict(state)
+        except RuntimeError as error:
+            raise SystemExit(
+                f"this Input-aware trigger is of an older version: train the network anew ({error})"
+            ) from None
 
     def _build(self, device: torch.device) -> None:
         self.patterns = Generator(self.width, 3).to(device)
