@@ -49,7 +49,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print the tables, or write them."""
-    contents = [results_file.load(file) for file in args.files]
+    contents, out = [results_file.load(file) for file in args.files], console()
+    if args.by:
+        out.print(methods_table(rows_of(contents), args.by), markup=False)
+        return
+    found = blocks(contents, args.section, args.method)
+    if args.write is None:
+        for name, text in found.items():
+            out.print(f"{name}\n\n{text}\n", markup=False)
+        return
+    text, names = replace_tables(args.write.read_text(), found)
+    args.write.write_text(text)
+    out.print(f"tables in {args.write}: {', '.join(names) or 'it has no markers of these'}")
+
+
+def blocks(contents: Sequence[Mapping[str, Any]], section: str, method: str = "mnp") -> dict[str, str]:
+    """Where they were made and the tables of these results, by the name of their markers in a page."""
+    where = "\n".join(dict.fromkeys(described(content["environment"]) for content in contents))
+    filled = {name: text for name, text in tables(rows_of(contents), method).items() if len(text.splitlines()) > 2}
+    return {f"{section}-{name}": f"{where}\n\n{text}" for name, text in filled.items()}
+
+
+def rows_of(contents: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """All rows, of each job the last. SystemExit where two networks are named alike."""
     by_job: dict[Any, Row] = {}
     for row in (row for content in contents for row in content["rows"]):
         before = by_job.setdefault(key(row), row)["acc_before"]
@@ -59,21 +81,7 @@ def main(args: argparse.Namespace) -> None:
                 "give their files one at a time"
             )
         by_job[key(row)] = row
-    rows = list(by_job.values())
-    out = console()
-    if args.by:
-        out.print(methods_table(rows, args.by), markup=False)
-        return
-    where = "\n".join(dict.fromkeys(described(content["environment"]) for content in contents))
-    filled = {name: text for name, text in tables(rows, args.method).items() if len(text.splitlines()) > 2}
-    found = {f"{args.section}-{name}": f"{where}\n\n{text}" for name, text in filled.items()}
-    if args.write is None:
-        for name, text in found.items():
-            out.print(f"{name}\n\n{text}\n", markup=False)
-        return
-    text, names = replace_tables(args.write.read_text(), found)
-    args.write.write_text(text)
-    out.print(f"tables in {args.write}: {', '.join(names) or 'it has no markers of these'}")
+    return list(by_job.values())
 
 
 def tables(rows: Sequence[Row], method: str = "mnp") -> dict[str, str]:

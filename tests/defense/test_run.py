@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,25 @@ def test_a_row_is_replaced_by_its_job(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- tables
+SECTIONS = {
+    "fresh": ("fresh",), "clean": ("clean", "fresh"), "label-consistent": ("label-consistent",),
+    "zoo": ("zoo-three-looks",), "zoo-older": ("zoo",), "longer": ("longer", "architectures"), "full": ("full",),
+    "defense": ("suite",),
+}  # fmt: skip
+
+
+def test_pages_show_the_committed_rows() -> None:
+    found: dict[str, str] = {}
+    for section, names in SECTIONS.items():
+        contents = [results_file.load(results_file.FOLDER / "defense" / f"{name}.json") for name in names]
+        found |= table.blocks(contents, section)
+    for page in (table.ROOT / "README.md", table.ROOT / "docs" / "results.md"):
+        text = page.read_text()
+        shown, names = table.replace_tables(text, found)
+        assert shown == text, f"{page.name}: python -m benchmarks.defense table ... --write"
+        assert set(re.findall("<!-- benchmark:([^ ]*-[^ ]*) -->", text)) == set(names)
+
+
 CLEAN = {
     "attack": "clean", "target": None, "der": None, "asr_before": None, "asr_after": None, "racc_before": None,
     "racc_after": None, "verdict": "no evidence found", "suspected_target": None,
