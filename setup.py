@@ -110,7 +110,7 @@ class CMakeBuild(build_ext):
             if not (made / stale.name).exists():
                 stale.unlink()
         for library in made.glob("*.so"):
-            # Not over the old one: where the other is another file system, a process may have that mapped.
+            # Beside the old one first, which a running process may have mapped: written over, it would change there.
             beside = output / f"{library.name}.new"
             shutil.copy2(library, beside)
             beside.replace(output / library.name)
